@@ -1,0 +1,227 @@
+"""The command line: parsing and dispatch. Each command is a module of `bsa_compile.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bsa_compile import __version__
+from bsa_compile.errors import BSACompileError
+
+PROG = "bsa-compile"
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        Exit status: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as exc:  # argparse has said why on stderr, or printed help on stdout
+        return exc.code if isinstance(exc.code, int) else 0
+    try:
+        with _logging(args.log_level):
+            status: int = importlib.import_module(f"bsa_compile.commands.{args.command}").run(args)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except BSACompileError as exc:
+        return _refuse(str(exc))
+    except OSError as exc:
+        return _refuse(f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc))
+    except (MemoryError, RuntimeError) as exc:
+        if not _out_of_memory(exc):
+            raise
+        return _refuse(f"out of memory: {str(exc).splitlines()[0] if str(exc) else 'a smaller grid needs less'}")
+
+
+def _refuse(text: str) -> int:
+    print(f"{PROG}: error: {text}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _out_of_memory(exc: BaseException) -> bool:
+    """Torch has one class for a GPU's memory and none for the host's."""
+    return isinstance(exc, MemoryError) or "OutOfMemory" in type(exc).__name__ or "can't allocate memory" in str(exc)
+
+
+@contextmanager
+def _logging(level: str) -> Iterator[None]:
+    """Log records of this package on stderr while a command runs."""
+    logger = logging.getLogger("bsa_compile")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="Block-sparse attention for video diffusion transformers: try it, explain it, time it."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="default: warning")
+    logged = argparse.ArgumentParser(add_help=False)  # the same option after the command; unset, it leaves the first
+    logged.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[logged])
+
+    _add_demo(command("demo", "denoise with the tiny checkpoint, dense and block-sparse, and compare"))
+    _add_info(command("info", "versions, devices, and which kernels would run"))
+    _add_explain(command("explain", "which attention sites of a checkpoint run block-sparse, why, and what it saves"))
+    _add_bench(command("bench", "time dense against block-sparse"))
+    _add_show(command("show", "draw a block mask, one panel per head"))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="denoising steps (default: 3)")
+    parser.add_argument("--output", default="demo_output", metavar="DIR", help="default: demo_output")
+    parser.add_argument("--grid", type=_triple, default=(8, 30, 36), metavar="T,H,W", help="default: 8,30,36")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the noise (default: 0)")
+    _add_criteria(parser)
+    _add_device(parser)
+    _add_backend(parser)
+    _add_json(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or with dit/config.json")
+    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
+    parser.add_argument("--cond", type=_count, default=0, metavar="N", help="latent frames given as condition")
+    parser.add_argument("--step", type=_count, metavar="I", help="denoising step, for policies that depend on it")
+    _add_policy(parser)
+    _add_json(parser)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    attention = kinds.add_parser("attention", help="attention alone, on random q, k, v")
+    model = kinds.add_parser("model", help="one call of the whole model")
+    for kind, grid in ((attention, "8,30,36 on a CPU, 24,44,80 on a GPU"), (model, "8,30,36")):
+        kind.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"default: {grid}")
+        kind.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+        kind.add_argument("--repeats", type=_positive, default=5, metavar="N", help="the median counts (default: 5)")
+        kind.add_argument("--warmup", type=_count, default=1, metavar="N", help="calls not counted (default: 1)")
+        _add_policy(kind)
+        _add_device(kind)
+        kind.add_argument("--json", metavar="PATH", help="write JSON to a file, or to stdout for -")
+        kind.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    attention.add_argument("--heads", type=_positive, metavar="N", help="default: 2 on a CPU, 8 on a GPU")
+    attention.add_argument("--head-dim", type=_positive, metavar="D", help="default: 64 on a CPU, 128 on a GPU")
+    model.add_argument("--checkpoint", metavar="DIR", help="default: the tiny checkpoint of the demo")
+    _add_backend(model)
+    model.set_defaults(heads=None, head_dim=None)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", type=_triple, default=(8, 30, 36), metavar="T,H,W", help="default: 8,30,36")
+    parser.add_argument("--output", default="block_mask.png", metavar="FILE", help="PNG (default: block_mask.png)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="take q and k from this model instead of random ones")
+    parser.add_argument("--block", type=_count, default=0, metavar="I", help="of the checkpoint (default: 0)")
+    parser.add_argument("--heads", type=_positive, default=4, metavar="N", help="of random q and k (default: 4)")
+    parser.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="likewise (default: 64)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    _add_policy(parser)
+    _add_device(parser)
+    _add_json(parser)
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="JSON of a BSAPolicy (default: the checkpoint's configuration, else sparsity 0.9375)",
+    )
+    _add_criteria(parser)
+
+
+def _add_criteria(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sparsity", type=float, metavar="S", help="share of key tiles to skip, in [0, 1]")
+    parser.add_argument("--cdf-threshold", type=float, metavar="P", help="softmax mass to keep, in (0, 1]")
+    parser.add_argument("--tile", type=_triple, metavar="T,H,W", help="of queries and keys")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="inductor, eager or another of torch.compile's (default: inductor if it can run)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _integer(text: str, low: int, constraint: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"must be {constraint}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, "an integer >= 1")
+
+
+def _count(text: str) -> int:
+    return _integer(text, 0, "an integer >= 0")
+
+
+def _seed(text: str) -> int:
+    value = _count(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text!r}")
+    return value
+
+
+def _triple(text: str) -> tuple[int, int, int]:
+    """8,30,36 or 8x30x36."""
+    parts = text.lower().replace("x", ",").split(",")
+    try:
+        t, h, w = (_positive(part) for part in parts)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"must be three positive integers t,h,w, got {text!r}") from None
+    return t, h, w

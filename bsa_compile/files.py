@@ -1,0 +1,62 @@
+"""Files that are either complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import UsageError, must
+
+
+def check_writable(path: str | os.PathLike[str], name: str = "output") -> Path:
+    """Say now, before long work, whether a file can be written there later; nothing is created.
+
+    Args:
+        path: the file; folders above it may be missing.
+        name: what to call it in an error.
+
+    Raises:
+        UsageError: it is a folder, or lies where nothing can be written.
+    """
+    path = Path(path)
+    if path.is_dir() or path.name in ("", ".."):
+        raise UsageError(must(name, "be a file", f"the folder {str(path)!r}"))
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UsageError(must(name, "lie in a folder", f"{str(path)!r}, where {str(above)!r} is a file"))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(must(name, "lie in a folder that can be written", repr(str(path))))
+    return path
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that readers see the old content or all of the new; missing folders are made.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask

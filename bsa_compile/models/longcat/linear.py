@@ -1,0 +1,86 @@
+"""Linear layers that can carry low-rank terms beside their weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRATerm(NamedTuple):
+    """One low-rank term `up(down(x))`; its scale is already in `ups`.
+
+    A fused layer (qkv) has one `up` per part: the rows of `down` split evenly over the parts, and the parts' outputs
+    are concatenated.
+
+    Args:
+        down: `Float[Tensor, "n*r in"]`.
+        ups: n tensors `Float[Tensor, "out_i r"]`.
+    """
+
+    down: Tensor
+    ups: tuple[Tensor, ...]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> LoRATerm:
+        """The term with `fn` applied to each of its tensors."""
+        return LoRATerm(fn(self.down), tuple(fn(up) for up in self.ups))
+
+
+def low_rank(x: Tensor, down: Tensor, ups: tuple[Tensor, ...]) -> Tensor:
+    """`Float[Tensor, "... in"]` -> `Float[Tensor, "... out"]`: each `up` of its share of `down(x)`, concatenated."""
+    hidden = F.linear(x, down)  # [..., n * r]
+    if len(ups) == 1:
+        return F.linear(hidden, ups[0])
+    return torch.cat([F.linear(part, up) for part, up in zip(hidden.chunk(len(ups), dim=-1), ups, strict=True)], dim=-1)
+
+
+class LoRALinear(nn.Linear):
+    """`nn.Linear` plus the active LoRA terms.
+
+    The terms are a plain attribute, neither parameters nor buffers: `state_dict()` and `parameters()` are those of
+    `nn.Linear`, while `.to()` moves the terms along. Dynamo guards on the tuple, so compiled code sees every change.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.lora_terms: tuple[LoRATerm, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`Float[Tensor, "... in"]` -> `Float[Tensor, "... out"]`."""
+        y = F.linear(x, self.weight, self.bias)
+        for term in self.lora_terms:
+            y = y + low_rank(x, term.down, term.ups)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> LoRALinear:
+        # nn.Module routes .to(), .cuda(), .half() ... through here.
+        super()._apply(fn, *args, **kwargs)
+        self.lora_terms = tuple(term.map(fn) for term in self.lora_terms)
+        return self
+
+
+class Float32Linear(LoRALinear):
+    """A linear layer that computes in fp32 whatever its weight's dtype, inside an autocast region too.
+
+    Source:
+        The official code runs timestep embedding, modulation and final layer in an fp32 autocast region.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`Float[Tensor, "... in"]` of any float dtype -> `Float[Tensor, "... out"]` fp32."""
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            # F.linear is on autocast's list: fp32 operands alone would be cast down again.
+            with torch.autocast(device_type, enabled=False):
+                return self._forward_fp32(x)
+        return self._forward_fp32(x)
+
+    def _forward_fp32(self, x: Tensor) -> Tensor:
+        x = x.float()
+        y = F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
+        for term in self.lora_terms:
+            y = y + low_rank(x, term.down.float(), tuple(up.float() for up in term.ups))
+        return y

@@ -1,0 +1,11 @@
+"""The ops: `torch.ops.bsa.{pool, select, attend, attend_backward, attention}` and what is built of them.
+
+Importing this registers them. Neither Triton nor a GPU is needed until a CUDA tensor comes.
+"""
+
+from . import autograd, flops
+from .anchor import attention
+from .functional import block_sparse_attention
+from .registry import attend_implementations, register_attend
+
+__all__ = ["attend_implementations", "attention", "block_sparse_attention", "register_attend"]

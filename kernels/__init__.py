@@ -1,0 +1,1 @@
+"""The Triton kernels, reached only from `bsa_compile.ops`, lazily."""

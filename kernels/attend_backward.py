@@ -1,0 +1,406 @@
+"""Gradients of the block-sparse attention, with the selection held fixed.
+
+With S = q k^T, P = exp(scale * S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse:
+dS = P * (dP - delta), dq = scale * dS k, dk = scale * dS^T q, dv = P^T dout.
+dq walks the list of each query tile and dk, dv walk the transposed list of each key tile, so nothing is accumulated by
+atomics and the result is bit-equal from call to call. The scale is applied to fp32 sums only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bsa_compile.kernels import config
+from bsa_compile.kernels.config import Launch, Triple
+from bsa_compile.kernels.launch import empty_like_tokens, launch_options, needs_mask, operands
+from bsa_compile.kernels.tiles import (
+    LOG2_E,
+    POINTER,
+    dot,
+    head_pointer,
+    load_block,
+    load_rows,
+    parts,
+    store_block,
+    tile_tokens,
+)
+from bsa_compile.kernels.transpose import transpose_selection
+
+
+@triton.jit
+def _delta(
+    grad_ptr,
+    out_ptr,
+    grad_lse_ptr,
+    delta_ptr,
+    grad_strides,
+    out_strides,
+    grad_lse_strides,
+    heads,
+    tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+):
+    blocks = tl.cdiv(tokens, BLOCK)
+    pid = tl.program_id(0)
+    batch = pid // blocks // heads
+    head = pid // blocks % heads
+    token = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_D)
+    keep = token < tokens
+    mask = keep[:, None] & (column < HEAD_DIM)[None, :]
+    grad_ptr = head_pointer(grad_ptr, grad_strides, batch, head)
+    out_ptr = head_pointer(out_ptr, out_strides, batch, head)
+    grad = tl.load(grad_ptr + (token * grad_strides[2])[:, None] + column[None, :], mask=mask, other=0.0)
+    out = tl.load(out_ptr + (token * out_strides[2])[:, None] + column[None, :], mask=mask, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # [BLOCK]
+    if HAS_GRAD_LSE:
+        grad_lse_ptr = head_pointer(grad_lse_ptr, grad_lse_strides, batch, head)
+        delta -= tl.load(grad_lse_ptr + token * grad_lse_strides[2], mask=keep, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + (batch * heads + head).to(tl.int64) * tokens + token, delta, mask=keep)
+
+
+@triton.jit
+def _load_statistics(lse_ptr, delta_ptr, token, valid, MASKED: tl.constexpr):
+    """(lse in base 2, delta) of some rows; lse is +inf, which makes P zero, for a row without keys or without a token."""
+    if MASKED:
+        lse = tl.load(lse_ptr + token, mask=valid, other=float("inf"))
+        delta = tl.load(delta_ptr + token, mask=valid, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + token)
+        delta = tl.load(delta_ptr + token)
+    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E, delta
+
+
+@triton.jit
+def _backward_q(
+    q_src,
+    k_src,
+    v_src,
+    grad_src,
+    dq_dst,
+    lse_ptr,
+    delta_ptr,
+    counts_ptr,
+    lists_ptr,
+    scale,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dq_strides,
+    heads,
+    group,
+    tiles_q,
+    tokens_q,
+    capacity,
+    grid_q,
+    grid_k,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILED: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ACCESS_Q: tl.constexpr,
+    ACCESS_GRAD: tl.constexpr,
+    ACCESS_DQ: tl.constexpr,
+    ACCESS_K: tl.constexpr,
+    ACCESS_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    PARTS_Q: tl.constexpr = parts(TILE_Q, BLOCK_Q)
+    PARTS_K: tl.constexpr = parts(TILE_K, BLOCK_K)
+    pid = tl.program_id(0)
+    row = pid // PARTS_Q  # (batch, head, query tile)
+    tile_q = row % tiles_q
+    head = row // tiles_q % heads
+    batch = row // tiles_q // heads
+    head_kv = head // group
+    heads_kv = heads // group
+
+    start_q = pid % PARTS_Q * BLOCK_Q
+    position_q = start_q + tl.arange(0, BLOCK_Q)
+    origin_q, offset_q, valid_q = tile_tokens(tile_q, position_q, grid_q, TILE_Q, TILED)
+    if ACCESS_Q == POINTER:
+        q_src = head_pointer(q_src, q_strides, batch, head)
+    if ACCESS_GRAD == POINTER:
+        grad_src = head_pointer(grad_src, grad_strides, batch, head)
+    if ACCESS_DQ == POINTER:
+        dq_dst = head_pointer(dq_dst, dq_strides, batch, head)
+    if ACCESS_K == POINTER:
+        k_src = head_pointer(k_src, k_strides, batch, head_kv)
+    if ACCESS_V == POINTER:
+        v_src = head_pointer(v_src, v_strides, batch, head_kv)
+    q = load_block(
+        q_src, q_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
+        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_Q,
+    )  # fmt: skip
+    grad = load_block(
+        grad_src, grad_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
+        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_GRAD,
+    )  # fmt: skip
+    rows_before = (batch * heads + head).to(tl.int64) * tokens_q
+    lse, delta = _load_statistics(
+        lse_ptr + rows_before + origin_q, delta_ptr + rows_before + origin_q, offset_q, valid_q, MASK_Q
+    )  # fmt: skip
+
+    scale_log2 = scale * LOG2_E
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    count = tl.load(counts_ptr + row)
+    list_ptr = lists_ptr + row.to(tl.int64) * capacity
+    for step in tl.range(0, count * PARTS_K, num_stages=STAGES):
+        tile_k = tl.load(list_ptr + step // PARTS_K)
+        start_k = step % PARTS_K * BLOCK_K
+        origin_k, offset_k, valid_k = tile_tokens(tile_k, start_k + tl.arange(0, BLOCK_K), grid_k, TILE_K, TILED)
+        k = load_block(
+            k_src, k_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_K,
+        )  # fmt: skip
+        v = load_block(
+            v_src, v_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_V,
+        )  # fmt: skip
+        p = tl.exp2(dot(q, tl.trans(k)) * scale_log2 - lse[:, None])  # [BLOCK_Q, BLOCK_K]
+        ds = p * (dot(grad, tl.trans(v)) - delta[:, None])
+        if MASK_K:
+            ds = tl.where(valid_k[None, :], ds, 0.0)
+        dq = dot(ds.to(k.dtype), k, dq)
+
+    store_block(
+        dq_dst, dq_strides[2], batch, head, heads, tile_q, start_q, position_q, origin_q, offset_q, valid_q,
+        dq * scale, grid_q, TILE_Q, TILED, HEAD_DIM, BLOCK_D, ACCESS_DQ,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_k(
+    q_src,
+    k_ptr,
+    v_ptr,
+    grad_src,
+    dk_dst,
+    dv_dst,
+    lse_ptr,
+    delta_ptr,
+    offsets_ptr,
+    lists_ptr,
+    scale,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dk_strides,
+    dv_strides,
+    heads,
+    group,
+    tiles_k,
+    tokens_q,
+    capacity,
+    grid_q,
+    grid_k,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILED: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ACCESS_Q: tl.constexpr,
+    ACCESS_GRAD: tl.constexpr,
+    ACCESS_DK: tl.constexpr,
+    ACCESS_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    PARTS_Q: tl.constexpr = parts(TILE_Q, BLOCK_Q)
+    PARTS_K: tl.constexpr = parts(TILE_K, BLOCK_K)
+    pid = tl.program_id(0)
+    row = pid // PARTS_K  # (batch, key head, key tile)
+    heads_kv = heads // group
+    tile_k = row % tiles_k
+    head_kv = row // tiles_k % heads_kv
+    batch = row // tiles_k // heads_kv
+
+    start_k = pid % PARTS_K * BLOCK_K
+    position_k = start_k + tl.arange(0, BLOCK_K)
+    origin_k, offset_k, valid_k = tile_tokens(tile_k, position_k, grid_k, TILE_K, TILED)
+    k_ptr = head_pointer(k_ptr, k_strides, batch, head_kv)
+    v_ptr = head_pointer(v_ptr, v_strides, batch, head_kv)
+    if ACCESS_DK == POINTER:
+        dk_dst = head_pointer(dk_dst, dk_strides, batch, head_kv)
+    if ACCESS_DV == POINTER:
+        dv_dst = head_pointer(dv_dst, dv_strides, batch, head_kv)
+    k = load_rows(k_ptr, k_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D)  # [BLOCK_K, BLOCK_D]
+    v = load_rows(v_ptr, v_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D)
+
+    scale_log2 = scale * LOG2_E
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for member in range(0, group):
+        head = head_kv * group + member
+        list_row = (batch * heads + head).to(tl.int64)
+        offset_ptr = offsets_ptr + list_row * (tiles_k + 1) + tile_k
+        first = tl.load(offset_ptr)
+        count = (tl.load(offset_ptr + 1) - first).to(tl.int32)
+        list_ptr = lists_ptr + list_row * capacity + first
+        lse_row = lse_ptr + list_row * tokens_q
+        delta_row = delta_ptr + list_row * tokens_q
+        q_head = q_src
+        if ACCESS_Q == POINTER:
+            q_head = head_pointer(q_src, q_strides, batch, head)
+        grad_head = grad_src
+        if ACCESS_GRAD == POINTER:
+            grad_head = head_pointer(grad_src, grad_strides, batch, head)
+        for step in tl.range(0, count * PARTS_Q, num_stages=STAGES):
+            tile_q = tl.load(list_ptr + step // PARTS_Q)
+            start_q = step % PARTS_Q * BLOCK_Q
+            origin_q, offset_q, valid_q = tile_tokens(tile_q, start_q + tl.arange(0, BLOCK_Q), grid_q, TILE_Q, TILED)
+            q = load_block(
+                q_head, q_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
+                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_Q,
+            )  # fmt: skip
+            grad = load_block(
+                grad_head, grad_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
+                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_GRAD,
+            )  # fmt: skip
+            lse, delta = _load_statistics(lse_row + origin_q, delta_row + origin_q, offset_q, valid_q, MASK_Q)
+            p = tl.exp2(dot(k, tl.trans(q)) * scale_log2 - lse[None, :])  # [BLOCK_K, BLOCK_Q]
+            dv = dot(p.to(grad.dtype), grad, dv)
+            ds = p * (dot(v, tl.trans(grad)) - delta[None, :])
+            dk = dot(ds.to(q.dtype), q, dk)
+
+    store_block(
+        dk_dst, dk_strides[2], batch, head_kv, heads_kv, tile_k, start_k, position_k, origin_k, offset_k, valid_k,
+        dk * scale, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ACCESS_DK,
+    )  # fmt: skip
+    store_block(
+        dv_dst, dv_strides[2], batch, head_kv, heads_kv, tile_k, start_k, position_k, origin_k, offset_k, valid_k,
+        dv, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ACCESS_DV,
+    )  # fmt: skip
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
+    scale: float,
+    layout: str = "raster",
+    *,
+    launch_q: Launch | None = None,
+    launch_k: Launch | None = None,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend_forward` with respect to q, k and v.
+
+    Args:
+        grad_out: [B, H, Sq, D], any strides.
+        grad_lse: [B, H, Sq], any strides, or None for zero.
+        q: This and what follows are the inputs and results of `attend_forward`.
+        launch_q: Block sizes of the dq kernel to use instead of the preset; launch_k those of the dk, dv kernel.
+        path: "pointer" refuses the box path.
+
+    Returns:
+        dq, dk and dv in the dtypes and shapes of q, k and v, laid out in memory as [B, S, H, D]. Key tiles that no query
+        tile selected and query rows without keys get exact zeros.
+    """
+    batch, heads, tokens_q, head_dim = q.shape
+    heads_kv = k.shape[1]
+    if grad_out.stride(-1) != 1 and head_dim > 1:
+        grad_out = grad_out.contiguous()
+    tiles_q, tiles_k = config.num_tiles(grid_q, tile_q), config.num_tiles(grid_k, tile_k)
+    dq, dk, dv = empty_like_tokens(q), empty_like_tokens(k), empty_like_tokens(v)
+    delta = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)
+    kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
+    q_offsets, q_indices = transpose_selection(kv_num_blocks, kv_indices, tiles_k)
+    lse = lse.contiguous()
+    block_d = max(16, config.next_power_of_two(head_dim))
+
+    rows = 64
+    programs = batch * heads * triton.cdiv(tokens_q, rows)
+    if programs:
+        _delta[(programs,)](
+            grad_out, out, grad_lse, delta, grad_out.stride()[:3], out.stride()[:3],
+            (0, 0, 0) if grad_lse is None else grad_lse.stride(), heads, tokens_q,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=rows, HAS_GRAD_LSE=grad_lse is not None,
+        )  # fmt: skip
+
+    shared = {
+        "TILE_Q": tuple(tile_q),
+        "TILE_K": tuple(tile_k),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "TILED": layout == "tile",
+    }
+    chosen = config.backward_q_path(q, k, v, grid_k, tile_q, tile_k, layout, launch=launch_q, path=path)
+    launch_q, boxes = chosen.launch, chosen.name == "box"
+    programs = batch * heads * tiles_q * triton.cdiv(config.volume(tile_q), launch_q.block_q)
+    if programs:
+        (q_src, access_q), (grad_src, access_grad), (dq_dst, access_dq) = operands(
+            (q, grad_out, dq), grid_q, tile_q, layout, launch_q.block_q, boxes
+        )
+        (k_src, access_k), (v_src, access_v) = operands((k, v), grid_k, tile_k, layout, launch_q.block_k, boxes)
+        _backward_q[(programs,)](
+            q_src, k_src, v_src, grad_src, dq_dst, lse, delta, kv_num_blocks, kv_indices, float(scale),
+            q.stride()[:3], k.stride()[:3], v.stride()[:3], grad_out.stride()[:3], dq.stride()[:3],
+            heads, heads // heads_kv, tiles_q, tokens_q, kv_indices.shape[-1], tuple(grid_q), tuple(grid_k),
+            BLOCK_Q=launch_q.block_q,
+            BLOCK_K=launch_q.block_k,
+            MASK_Q=needs_mask(grid_q, tile_q, launch_q.block_q),
+            MASK_K=needs_mask(grid_k, tile_k, launch_q.block_k),
+            ACCESS_Q=access_q,
+            ACCESS_GRAD=access_grad,
+            ACCESS_DQ=access_dq,
+            ACCESS_K=access_k,
+            ACCESS_V=access_v,
+            STAGES=launch_q.num_stages,
+            **shared,
+            **launch_options(launch_q),
+        )  # fmt: skip
+    chosen = config.backward_k_path(q, grad_out, grid_q, tile_q, tile_k, layout, launch=launch_k, path=path)
+    launch_k, boxes = chosen.launch, chosen.name == "box"
+    programs = batch * heads_kv * tiles_k * triton.cdiv(config.volume(tile_k), launch_k.block_k)
+    if programs:
+        (q_src, access_q), (grad_src, access_grad) = operands(
+            (q, grad_out), grid_q, tile_q, layout, launch_k.block_q, boxes
+        )
+        # k and v are read once, by pointers: they then stay in shared memory, where registers are what is scarce.
+        (dk_dst, access_dk), (dv_dst, access_dv) = operands(
+            (dk, dv), grid_k, tile_k, layout, launch_k.block_k, boxes
+        )
+        _backward_k[(programs,)](
+            q_src, k, v, grad_src, dk_dst, dv_dst, lse, delta, q_offsets, q_indices, float(scale),
+            q.stride()[:3], k.stride()[:3], v.stride()[:3], grad_out.stride()[:3], dk.stride()[:3], dv.stride()[:3],
+            heads, heads // heads_kv, tiles_k, tokens_q, q_indices.shape[-1], tuple(grid_q), tuple(grid_k),
+            BLOCK_Q=launch_k.block_q,
+            BLOCK_K=launch_k.block_k,
+            MASK_Q=needs_mask(grid_q, tile_q, launch_k.block_q),
+            MASK_K=needs_mask(grid_k, tile_k, launch_k.block_k),
+            ACCESS_Q=access_q,
+            ACCESS_GRAD=access_grad,
+            ACCESS_DK=access_dk,
+            ACCESS_DV=access_dv,
+            STAGES=launch_k.num_stages,
+            **shared,
+            **launch_options(launch_k),
+        )  # fmt: skip
+    return dq, dk, dv

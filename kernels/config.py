@@ -1,0 +1,282 @@
+"""Which path and which block sizes the kernels take. Nothing here is tuned at run time.
+
+Needs neither Triton nor a GPU, so a report can ask for the path of a call that it does not make.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+POINTER, BOX_MERGED, BOX_HEADS, BOX_FRAMES = 0, 1, 2, 3  # the constants of the same names in tiles.py
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes and launch options of one attention kernel.
+
+    Attributes:
+        block_q: Query rows that a program handles at a time.
+        block_k: Keys that a program handles at a time.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline over the inner loop; 1 switches it off.
+        max_registers: Cap on the registers of a thread, where that lets one more program run on a multiprocessor.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class BoxPlan:
+    """How to read a tensor's tiles as boxes of a tensor descriptor.
+
+    Attributes:
+        access: Which dimensions the descriptor has: BOX_MERGED [b*h*t, H, W, D], BOX_HEADS [b*h, t, H, W, D] or
+            BOX_FRAMES [h, b*t, H, W, D].
+        shape: Extent of each dimension.
+        strides: Element stride of each dimension.
+        block: Extent of the box that one load brings.
+    """
+
+    access: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path that a kernel takes and why.
+
+    Attributes:
+        name: "box" (tensor descriptors read tiles straight from the token order) or "pointer".
+        reason: One clause for people.
+        launch: Block sizes and launch options that go with it.
+    """
+
+    name: str
+    reason: str
+    launch: Launch
+
+
+def volume(tile: Triple) -> int:
+    """Positions in a tile."""
+    return math.prod(tile)
+
+
+def tile_counts(grid: Triple, tile: Triple) -> Triple:
+    """Tiles along t, h and w, partial ones included."""
+    return tuple(-(-size // side) for size, side in zip(grid, tile, strict=True))  # type: ignore[return-value]
+
+
+def num_tiles(grid: Triple, tile: Triple) -> int:
+    """Tiles of a grid, partial ones included."""
+    return math.prod(tile_counts(grid, tile))
+
+
+def divides(grid: Triple, tile: Triple) -> bool:
+    """Whether the tile divides the grid, so that no tile is partial."""
+    return all(size % side == 0 for size, side in zip(grid, tile, strict=True))
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def has_boxes(device: torch.device) -> bool:
+    """Whether tensor descriptors are hardware there. On a CPU, Triton's interpreter emulates them."""
+    return device.type != "cuda" or _has_boxes(device.index)
+
+
+@functools.cache
+def _has_boxes(index: int | None) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def _block(positions: int, largest: int) -> int:
+    """Block that covers a tile of `positions` with least waste; a block costs its width and a fixed 32 more."""
+    sizes = [b for b in (16, 32, 64, 128) if b <= largest]
+    return min(sizes, key=lambda b: (-(-positions // b) * (b + 32), b))
+
+
+def forward_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.dtype, boxes: bool) -> Launch:
+    """Preset of the forward kernel, for reading keys and values through boxes or by pointers."""
+    if dtype == torch.float32:
+        return Launch(_block(volume_q, 32), _block(volume_k, 32), 8, 2)
+    block_q = _block(volume_q, 128 if head_dim <= 128 else 64)
+    block_k = _block(volume_k, 64 if boxes or head_dim <= 128 else 32)
+    warps = 8 if block_q == 128 or head_dim > 128 else 4
+    return Launch(block_q, block_k, warps, 1 if boxes or head_dim > 128 else 2)
+
+
+def backward_q_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.dtype, boxes: bool) -> Launch:
+    """Preset of the kernel that computes dq."""
+    if dtype == torch.float32:
+        return Launch(_block(volume_q, 32), _block(volume_k, 32), 8, 2)
+    if head_dim > 128:
+        return Launch(_block(volume_q, 64 if boxes else 32), _block(volume_k, 32), 8, 1)
+    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4, 1)
+
+
+def backward_k_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.dtype, boxes: bool) -> Launch:
+    """Preset of the kernel that computes dk and dv."""
+    if dtype == torch.float32:
+        return Launch(_block(volume_q, 32 if head_dim <= 128 else 16), _block(volume_k, 32), 8, 2)
+    if head_dim > 128:
+        return Launch(_block(volume_q, 32), _block(volume_k, 32), 8, 1)
+    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4 if boxes or head_dim <= 64 else 8, 1)
+
+
+SELECT_BLOCK = 8192  # columns of a score row that one program keeps in registers
+
+
+def pool_launch(positions: int, head_dim: int) -> Launch:
+    """Preset of the pooling kernel; `block_q` is the number of rows that it sums at a time."""
+    return Launch(_block(positions, 64), 0)
+
+
+def score_launch(head_dim: int) -> Launch:
+    """Preset of the fp32 score kernel."""
+    return Launch(64, 64)
+
+
+def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -> BoxPlan | str:
+    """Plan to read `block` positions of a tile of `x` [B, H, S, D] as one box, or the reason why that cannot be."""
+    batch, heads, tokens, head_dim = x.shape
+    if not is_power_of_two(head_dim):
+        return f"head_dim {head_dim} is not a power of two"
+    if not all(is_power_of_two(side) for side in tile):
+        return f"tile {tile} has a side that is not a power of two"
+    if block > volume(tile):
+        return f"tile {tile} has fewer than {block} positions"
+    if layout == "tile":
+        if not divides(grid, tile):
+            return f"tile {tile} does not divide grid {grid} and tile order keeps the padding in memory"
+        grid, tile = (num_tiles(grid, tile), 1, volume(tile)), (1, 1, volume(tile))
+    frames, height, width = grid
+
+    stride_b, stride_h, stride_s, _ = x.stride()
+    per_batch = tokens * stride_s
+    if heads == 1:
+        stride_h = stride_b if batch > 1 else per_batch
+    if batch == 1:
+        stride_b = heads * stride_h
+    heads_merge = heads == 1 or stride_b == heads * stride_h
+    whole_frames = frames % tile[0] == 0 or batch * heads == 1
+    if whole_frames and heads_merge and stride_h == per_batch:
+        access, leading, strides = BOX_MERGED, (batch * heads * frames,), ()
+    elif heads_merge:
+        access, leading, strides = BOX_HEADS, (batch * heads, frames), (stride_h,)
+    elif stride_b == per_batch and whole_frames:
+        access, leading, strides = BOX_FRAMES, (heads, batch * frames), (stride_h,)
+    elif stride_b == per_batch:
+        return f"tile {tile} does not divide the {frames} frames and the next batch element follows them"
+    else:
+        return "batch, heads and frames do not merge into the five dimensions of a descriptor"
+
+    strides = (*strides, height * width * stride_s, width * stride_s, stride_s)
+    size = x.element_size()
+    if x.data_ptr() % 16 or any(stride * size % 16 for stride in strides):
+        return "base or strides are not aligned to 16 bytes"
+    if not all(0 < stride * size < 2**40 for stride in strides):
+        return "a stride is 0 or too large"
+    tw = min(tile[2], block)
+    th = min(tile[1], block // tw)
+    box = (block // (tw * th), th, tw, head_dim)
+    if access != BOX_MERGED:
+        box = (1, *box)
+    return BoxPlan(access, (*leading, height, width, head_dim), (*strides, 1), box)
+
+
+def _path(
+    tensors: tuple[Tensor, Tensor],
+    grid: Triple,
+    tile: Triple,
+    layout: str,
+    presets: tuple[Launch, Launch],
+    side: str,
+    forced: str | None,
+) -> Path:
+    """Path by which a kernel reads tiles of `tensors` [B, H, S, D], both over the same grid, in its inner loop.
+
+    `presets` are those for boxes and for pointers; `side` names the block size that goes with the tensors.
+    """
+    boxes, pointers = presets
+    if forced == "pointer":
+        return Path("pointer", "asked for", pointers)
+    if not has_boxes(tensors[0].device):
+        return Path("pointer", "the GPU has no tensor memory accelerator (compute capability below 9.0)", pointers)
+    if tensors[0].dtype == torch.float32:
+        return Path("pointer", "fp32 has no tensor cores here and boxes would cost it registers", pointers)
+    for x in tensors:
+        plan = plan_boxes(x, grid, tile, layout, getattr(boxes, side))
+        if isinstance(plan, str):
+            return Path("pointer", plan, pointers)
+    return Path("box", "tile sides, head_dim, strides and alignment suit tensor descriptors", boxes)
+
+
+def forward_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_k: Triple,
+    tile_q: Triple,
+    tile_k: Triple,
+    layout: str,
+    *,
+    launch: Launch | None = None,
+    path: str | None = None,
+) -> Path:
+    """Path that `attend_forward` takes for these inputs, and the reason. It reads k and v in its inner loop."""
+    args = volume(tile_q), volume(tile_k), q.shape[-1], q.dtype
+    presets = launch or forward_launch(*args, True), launch or forward_launch(*args, False)
+    return _path((k, v), grid_k, tile_k, layout, presets, "block_k", path)
+
+
+def backward_q_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_k: Triple,
+    tile_q: Triple,
+    tile_k: Triple,
+    layout: str,
+    *,
+    launch: Launch | None = None,
+    path: str | None = None,
+) -> Path:
+    """As `forward_path`, for the kernel that computes dq. It reads k and v in its inner loop."""
+    args = volume(tile_q), volume(tile_k), q.shape[-1], q.dtype
+    presets = launch or backward_q_launch(*args, True), launch or backward_q_launch(*args, False)
+    return _path((k, v), grid_k, tile_k, layout, presets, "block_k", path)
+
+
+def backward_k_path(
+    q: Tensor,
+    grad_out: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    tile_k: Triple,
+    layout: str,
+    *,
+    launch: Launch | None = None,
+    path: str | None = None,
+) -> Path:
+    """As `forward_path`, for the kernel that computes dk and dv. It reads q and grad_out in its inner loop."""
+    args = volume(tile_q), volume(tile_k), q.shape[-1], q.dtype
+    presets = launch or backward_k_launch(*args, True), launch or backward_k_launch(*args, False)
+    return _path((q, grad_out), grid_q, tile_q, layout, presets, "block_q", path)

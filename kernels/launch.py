@@ -1,0 +1,46 @@
+"""What the launchers share: allocation of results and the operands that the kernels read tiles from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bsa_compile.kernels import config
+from bsa_compile.kernels.config import Launch, Triple
+
+
+def empty_like_tokens(x: Tensor) -> Tensor:
+    """Uninitialised tensor of the shape of `x` [B, H, S, D] whose memory is a contiguous [B, S, H, D]."""
+    batch, heads, tokens, head_dim = x.shape
+    return torch.empty(batch, tokens, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def needs_mask(grid: Triple, tile: Triple, block: int) -> bool:
+    """Whether blocks of `block` positions of some tile hold positions without a token."""
+    return not config.divides(grid, tile) or config.volume(tile) % block != 0
+
+
+def operands(
+    tensors: tuple[Tensor, ...], grid: Triple, tile: Triple, layout: str, block: int, boxes: bool
+) -> list[tuple[Any, int]]:
+    """Each tensor [B, H, S, D] as a kernel takes it, and how (`ACCESS` in tiles.py): a descriptor, or the tensor itself."""
+    result: list[tuple[Any, int]] = []
+    for x in tensors:
+        plan = config.plan_boxes(x, grid, tile, layout, block) if boxes else ""
+        if isinstance(plan, str):
+            result.append((x, config.POINTER))
+        else:
+            descriptor = TensorDescriptor(x, list(plan.shape), list(plan.strides), list(plan.block))
+            result.append((descriptor, plan.access))
+    return result
+
+
+def launch_options(launch: Launch) -> dict[str, int]:
+    """Triton's own launch options."""
+    options = {"num_warps": launch.num_warps}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
+    return options

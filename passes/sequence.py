@@ -1,0 +1,447 @@
+"""Follows tokens through a graph: which dimension of which tensor holds which tokens of which origin, in which order.
+
+A forward abstract interpretation. Origins are patch embeddings (any Conv3d: its output's T, H, W) and, for graphs that
+begin later, the dimensions of the graph's inputs. Per node and origin the analysis keeps a `Layout`, or the place where
+the order was lost. It adds no guard and never compares sizes to find out what a dimension is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from .calls import Call, call_of, is_pointwise, qualified_name
+from .layout import Algebra, Layout, Segments, Track
+from .match import Match, match, written_out
+from .modulepath import source_line, value
+from .regions import Body, region
+from .sizes import Size, Sizes, of, product, shape
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where tokens come from.
+
+    Attributes:
+        name: the node, with the path of the subgraph it is in.
+        dim: dimension of a graph input; -1 for a patch embedding.
+        extent: number of tokens.
+        grid: (T, H, W) of a patch embedding, None for an input.
+    """
+
+    name: str
+    dim: int
+    extent: Size
+    grid: tuple[Size, Size, Size] | None = None
+
+    def __str__(self) -> str:
+        return f"patch embedding {self.name}" if self.grid else f"input {self.name}, dimension {self.dim}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of one tensor.
+
+    Attributes:
+        tokens: origin -> where its tokens lie.
+        lost: origin -> the operator at which their order became unknown.
+        projected: whether a linear map, convolution or attention lies between the graph's inputs and this tensor.
+    """
+
+    tokens: dict[Origin, Track] = field(default_factory=dict)
+    lost: dict[Origin, str] = field(default_factory=dict)
+    projected: bool = False
+
+    @property
+    def constant(self) -> bool:
+        """Whether no origin had any influence."""
+        return not self.tokens and not self.lost
+
+
+EMPTY = State()
+States: TypeAlias = State | tuple[State, ...]
+Rule: TypeAlias = Callable[["Tracer", Call], States]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention call and what is known of its operands.
+
+    Attributes:
+        path: names of the calls that lead to the subgraph the node is in.
+        node: the attention call.
+        match: how it was called.
+        q, k: states of the operands.
+        q_changed, k_changed: where the operand's token order last stopped being the raster order, "" if it did not.
+        sealed: whether it lies in a region that must not change.
+    """
+
+    path: tuple[str, ...]
+    node: fx.Node
+    match: Match
+    q: State
+    k: State
+    q_changed: str = ""
+    k_changed: str = ""
+    sealed: bool = False
+
+
+def where(node: fx.Node) -> str:
+    """An operator and its source line, for messages."""
+    name = str(node.target) if node.op != "call_function" else qualified_name(node.target)
+    line = source_line(node)
+    return f"{name.rpartition('::' if '::' in name else '.')[2]}" + (f" ({line})" if line else "")
+
+
+class Tracer:
+    """Interprets one graph; subgraphs are interpreted by tracers of their own that share the list of sites.
+
+    Args:
+        module: the graph.
+        sizes: what is known of symbolic sizes.
+        rules: transfer rule by operator name.
+        path: names of the calls that lead here.
+        sites: where attention calls are collected, in the order of execution.
+        sealed: whether the graph must not change.
+        weights: names of placeholders that hold parameters and buffers, where the graph itself does not say so.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        sizes: Sizes,
+        rules: dict[str, Rule],
+        path: tuple[str, ...] = (),
+        sites: list[Found] | None = None,
+        sealed: bool = False,
+        weights: frozenset[str] = frozenset(),
+    ) -> None:
+        self.module = module
+        self.sizes = sizes
+        self.algebra = Algebra(sizes)
+        self.rules = rules
+        self.path = path
+        self.sites: list[Found] = [] if sites is None else sites
+        self.sealed = sealed
+        self.weights = weights
+        self._states: dict[fx.Node, States] = {}
+        self._changed: dict[fx.Node, dict[Origin, str]] = {}
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._dropped: dict[fx.Node, dict[Origin, str]] = {}
+
+    def run(self, inputs: Sequence[States] | None = None) -> States:
+        """Interpret the graph.
+
+        Args:
+            inputs: states of the placeholders; by default each is an origin of its own.
+
+        Returns:
+            The state of the output, or one per item of an output tuple.
+        """
+        placeholders = 0
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                given = None if inputs is None else inputs[placeholders]
+                self._states[node] = self._placeholder(node) if given is None else given
+                placeholders += 1
+            elif node.op == "output":
+                result = node.args[0]
+                if isinstance(result, (list, tuple)):
+                    return tuple(self.state(r) for r in result)
+                return self.states(result)
+            elif node.op != "get_attr":
+                self._states[node] = self._node(node)
+                self._note_change(node)
+        return EMPTY
+
+    # -- what rules ask -------------------------------------------------------------------------------------------
+
+    def states(self, node: Any) -> States:
+        """The state of a node, a tuple for a node that gives several tensors."""
+        found = self._states.get(node, EMPTY) if isinstance(node, fx.Node) else EMPTY
+        gone = self._dropped.get(self.base(node)) if isinstance(node, fx.Node) else None
+        if not gone or isinstance(found, tuple):
+            return found
+        tokens = {o: t for o, t in found.tokens.items() if o not in gone}
+        lost = found.lost | {o: gone[o] for o in found.tokens if o in gone}
+        return State(tokens, lost, found.projected)
+
+    def state(self, node: Any) -> State:
+        """The state of a tensor; of a tuple, its first item."""
+        found = self.states(node)
+        return found if isinstance(found, State) else found[0] if found else EMPTY
+
+    def shape(self, node: Any) -> tuple[Size, ...]:
+        """Sizes of a node's tensor; empty where the node holds none."""
+        example = value(node)
+        return shape(example) if isinstance(example, torch.Tensor) else ()
+
+    def size(self, argument: Any) -> Size | None:
+        """An int argument, given as itself or as a node."""
+        return of(value(argument))
+
+    def dim(self, argument: Any, rank: int) -> int:
+        """A dimension counted from the front."""
+        return argument % rank if rank else 0
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """The node whose memory `node` may be a view of."""
+        while node in self._base:
+            node = self._base[node]
+        return node
+
+    # -- what rules do --------------------------------------------------------------------------------------------
+
+    def each(
+        self, call: Call, state: State, rule: Callable[[Track], Track | None], *, projected: bool = False
+    ) -> State:
+        """Apply `rule` to every origin; where it gives None the order is lost at this operator."""
+        tokens, lost = {}, dict(state.lost)
+        for origin, track in state.tokens.items():
+            done = rule(track)
+            if done is None:
+                lost[origin] = where(call.node)
+            else:
+                tokens[origin] = done
+        return State(tokens, lost, state.projected or projected)
+
+    def lose(self, node: fx.Node, *states: State) -> State:
+        """Nothing is known of the result but what it was made of."""
+        lost: dict[Origin, str] = {}
+        for state in states:
+            lost.update(state.lost)
+            lost.update(dict.fromkeys(state.tokens, where(node)))
+        return State({}, lost, any(s.projected for s in states))
+
+    def join(self, node: fx.Node, operands: Sequence[Any], out: Sequence[Size]) -> State:
+        """An elementwise operator: position i of the result is position i of every operand that has one."""
+        states = [(self.state(o), self.shape(o)) for o in operands if isinstance(o, fx.Node)]
+        tokens: dict[Origin, Track] = {}
+        lost: dict[Origin, str] = {}
+        for origin in dict.fromkeys(o for state, _ in states for o in state.tokens):
+            tracks = [(s.tokens[origin], size) for s, size in states if origin in s.tokens]
+            joined = self._join_tracks(tracks, out)
+            if joined is None:
+                lost[origin] = where(node)
+            else:
+                tokens[origin] = joined
+        for state, _ in states:
+            lost.update((o, text) for o, text in state.lost.items() if o not in tokens and o not in lost)
+        return State(tokens, lost, any(s.projected for s, _ in states))
+
+    def drop(self, node: fx.Node, origins: Iterable[Origin], at: fx.Node) -> None:
+        """Memory was overwritten: no view of it holds these tokens in order any more."""
+        gone = self._dropped.setdefault(self.base(node), {})
+        gone.update(dict.fromkeys(origins, where(at)))
+
+    def alias(self, node: fx.Node, of_node: Any) -> None:
+        """Note that `node` may be a view of another."""
+        if isinstance(of_node, fx.Node):
+            self._base[node] = of_node
+
+    # -- details --------------------------------------------------------------------------------------------------
+
+    def _join_tracks(self, tracks: Sequence[tuple[Track, tuple[Size, ...]]], out: Sequence[Size]) -> Track | None:
+        wide = []
+        for track, size in tracks:
+            lead = len(out) - len(size)
+            spread = [i for i in range(len(out)) if i < lead or not self.sizes.same(size[i - lead], out[i])]
+            wide.append((expand(self.algebra, track, out), spread))
+        # An operand that is broadcast along the tokens of another adds the same to all: it says nothing of order.
+        telling = [
+            track
+            for track, spread in wide
+            if not any(
+                isinstance(other, Layout) and any(self.algebra.moves(other.dims[i]) for i in spread)
+                for other, _ in wide
+                if other is not track
+            )
+        ]
+        result: Track | None = telling[0] if telling else None
+        for track in telling[1:]:
+            result = None if result is None else self.algebra.combine(result, track)
+        return result
+
+    def _placeholder(self, node: fx.Node) -> State:
+        example = value(node)
+        if not isinstance(example, torch.Tensor) or node.name in self.weights or is_weight(node, example):
+            return EMPTY
+        sizes = shape(example)
+        name = "/".join((*self.path, node.name))
+        return State(
+            {
+                Origin(name, dim, size): self.algebra.raster(sizes, [dim])
+                for dim, size in enumerate(sizes)
+                if not self.sizes.same(size, 1)
+            }
+        )
+
+    def _node(self, node: fx.Node) -> States:
+        inside = region(self.module, node)
+        found = match(node) or (None if inside is not None else written_out(node))
+        if found is not None:
+            self._site(node, found)
+        if found is not None and found.op != "matmul-softmax-matmul":
+            return self._attention(node, found)
+        if inside is not None:
+            return self._region(node, inside.bodies, inside.sealed)
+        call = call_of(node)
+        if call is None:
+            return self._unknown(node)
+        rule = self.rules.get(call.name)
+        if rule is not None and value(node) is None and call.name != "setitem":
+            rule = None  # traced without shapes
+        if rule is not None:
+            return rule(self, call)
+        if is_pointwise(call.name):
+            return self.pointwise(call)
+        return self._unknown(node, call)
+
+    def pointwise(self, call: Call) -> States:
+        """An elementwise operator, in place or not."""
+        node = call.node
+        operands = list(node.all_input_nodes)
+        result = self.join(node, operands, self.shape(node))
+        if call.inplace and isinstance(call.x, fx.Node):
+            before = self.state(call.x).tokens
+            self.drop(call.x, [o for o in before if o not in result.tokens], node)
+            self.alias(node, call.x)
+        example = value(node)
+        return tuple(result for _ in example) if isinstance(example, (list, tuple)) else result
+
+    def _unknown(self, node: fx.Node, call: Call | None = None) -> States:
+        states = [self.state(n) for n in node.all_input_nodes]
+        writes = [call.x] if call is not None and call.inplace else [node.kwargs.get("out")]
+        if isinstance(node.target, torch._ops.OpOverload):
+            for i, a in enumerate(node.target._schema.arguments):
+                if a.alias_info is not None and a.alias_info.is_write:
+                    writes.append(node.args[i] if i < len(node.args) else node.kwargs.get(a.name))
+        for written in writes:
+            if isinstance(written, fx.Node):
+                self.drop(written, self.state(written).tokens, node)
+        result = self.lose(node, *states)
+        example = value(node)
+        if not isinstance(example, (list, tuple)):
+            return result if isinstance(example, torch.Tensor) else EMPTY
+        return tuple(result for _ in example)
+
+    def _site(self, node: fx.Node, found: Match) -> None:
+        q, k = (self.state(x) if x is not None else EMPTY for x in (found.q, found.k))
+        changed = [self._changed.get(x, {}) if x is not None else {} for x in (found.q, found.k)]
+        texts = [next((t for o, t in sorted(c.items(), key=lambda i: i[0].grid is None)), "") for c in changed]
+        self.sites.append(Found(self.path, node, found, q, k, texts[0], texts[1], self.sealed))
+
+    def _attention(self, node: fx.Node, found: Match) -> States:
+        """Every result position belongs to the query position; the keys are summed over."""
+        q, others = self.state(found.q), [self.state(n) for n in node.all_input_nodes if n is not found.q]
+        out = value(node)
+        first = out[0] if isinstance(out, (list, tuple)) else out
+        mixed = self.lose(node, *others)
+        if found.q is None or not isinstance(first, torch.Tensor) or first.dim() != len(self.shape(found.q)):
+            result = self.lose(node, q, mixed)
+        else:
+            last = first.dim() - 1
+            sizes = shape(first)
+            kept = self.each(Call(node, found.op), q, lambda t: resize(self.algebra, t, last, sizes[last]))
+            lost = {o: text for o, text in (mixed.lost | kept.lost).items() if o not in kept.tokens}
+            result = State(kept.tokens, lost, True)
+        if not isinstance(out, (list, tuple)):
+            return result
+        return (result, *(self.lose(node, q, mixed) for _ in out[1:]))
+
+    def _region(self, node: fx.Node, bodies: Sequence[Body], sealed: bool) -> States:
+        results: list[States] = []
+        for body in bodies:
+            inputs = None if body.operands is None else [self.states(o) for o in body.operands]
+            path = (*self.path, f"{node.name}.{body.name}")
+            inner = Tracer(body.module, self.sizes, self.rules, path, self.sites, self.sealed or sealed)
+            results.append(inner.run(inputs))
+            inputs_of = [n for n in body.module.graph.nodes if n.op == "placeholder"]
+            for placeholder, operand in zip(inputs_of, body.operands or (), strict=False):
+                if isinstance(operand, fx.Node) and inner._dropped.get(placeholder):
+                    self.drop(operand, inner._dropped[placeholder], node)
+        example = value(node)
+        count = len(example) if isinstance(example, (list, tuple)) else 1
+        states = [self.state(n) for n in node.all_input_nodes]
+        items = [r if isinstance(r, tuple) else (r,) for r in results]
+        if sealed or any(b.operands is None for b in bodies) or any(len(i) != count for i in items):
+            merged = tuple(self.lose(node, *states) for _ in range(count))
+        else:
+            merged = tuple(self._agree(node, [i[n] for i in items]) for n in range(count))
+        return merged if isinstance(example, (list, tuple)) or len(items[0]) > 1 else merged[0]
+
+    def _agree(self, node: fx.Node, states: Sequence[State]) -> State:
+        """What holds whichever branch runs."""
+        first, *others = states
+        tokens, lost = {}, {o: text for s in states for o, text in s.lost.items()}
+        for origin, track in first.tokens.items():
+            result: Track | None = track
+            for other in others:
+                theirs = other.tokens.get(origin)
+                result = None if result is None or theirs is None else self.algebra.combine(result, theirs)
+            if result is None:
+                lost[origin] = where(node)
+            else:
+                tokens[origin] = result
+        for other in others:
+            lost.update(dict.fromkeys((o for o in other.tokens if o not in tokens), where(node)))
+        return State(tokens, lost, any(s.projected for s in states))
+
+    def _note_change(self, node: fx.Node) -> None:
+        """Remember where the tokens of an origin stopped being one run of one dimension, for messages."""
+        found = self._states[node]
+        if isinstance(found, tuple) or not found.tokens:
+            return
+        notes: dict[Origin, str] = {}
+        for origin, track in found.tokens.items():
+            if self._in_order(track):
+                continue
+            inherited = [self._changed[n][origin] for n in node.all_input_nodes if origin in self._changed.get(n, {})]
+            ordered = any(
+                origin in s.tokens and self._in_order(s.tokens[origin])
+                for s in (self.state(n) for n in node.all_input_nodes)
+            )
+            if inherited and not ordered:
+                notes[origin] = inherited[0]
+            elif ordered:
+                notes[origin] = where(node)
+        if notes:
+            self._changed[node] = notes
+
+    def _in_order(self, track: Track) -> bool:
+        """Whether the dimensions, as they stand, list the tokens in raster order."""
+        if isinstance(track, Segments):
+            return True
+        moving = [f for dim in track.dims for f in dim if not self.sizes.same(f[1], 0)]
+        return all(self.sizes.same(a[1], product((b[0], b[1]))) for a, b in itertools.pairwise(moving))
+
+
+def is_weight(node: fx.Node, example: torch.Tensor) -> bool:
+    """Whether a placeholder is a parameter or buffer of the model: it brings no tokens."""
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return isinstance(example, torch.nn.Parameter) or static is not None
+
+
+def expand(algebra: Algebra, track: Track, out: Sequence[Size]) -> Track:
+    """Broadcast to the shape `out`."""
+    if isinstance(track, Layout):
+        return algebra.expand(track, out)
+    rank = len(next(part for _, part in track.parts if part is not None).dims)
+    dim = track.dim + len(out) - rank
+
+    def one(size: Size, part: Layout | None) -> Layout | None:
+        return None if part is None else algebra.expand(part, [*out[:dim], size, *out[dim + 1 :]])
+
+    return Segments(dim, tuple((size, one(size, part)) for size, part in track.parts))
+
+
+def resize(algebra: Algebra, track: Track, dim: int, size: Size) -> Track | None:
+    """Give a dimension without tokens another size."""
+    if isinstance(track, Segments) and track.dim == dim:
+        return None
+    return algebra.map(track, lambda layout, _, __: algebra.resize(layout, dim, size))

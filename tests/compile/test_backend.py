@@ -1,0 +1,196 @@
+"""The `bsa` backend: torch.compile's own door."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import bsa_compile
+from bsa_compile.backend import BSABackend
+from bsa_compile.errors import PolicyError
+from bsa_compile.policy import BSAPolicy
+
+from .support import CountCompiles, make_inputs, relative_error, run_reference
+
+POLICY = BSAPolicy(sparsity=0.6, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "default"}, {"epilogue_fusion": False}], ids=str)
+def test_the_backend_by_name_computes_the_reference(longcat, options):
+    inputs = make_inputs()
+    fast = torch.compile(longcat, backend="bsa", options={"policy": POLICY, **options})
+    with torch.no_grad():
+        assert relative_error(fast(*inputs), run_reference(longcat, POLICY, *inputs)) < 1e-5
+    report = bsa_compile.last_report()
+    assert [s.module for s in report.rewritten] == ["blocks.0.attn", "blocks.1.attn"]
+    assert {s.grid_source for s in report.rewritten} == {"patch_embedding"}
+    assert {s.reason for s in report.dense} == {"cross_attention"}
+
+
+def door(model, policy=POLICY, **options):
+    given = {"compiler": "eager", **options}
+    if policy is not None:
+        given["policy"] = policy
+    return torch.compile(model, backend="bsa", options=given)
+
+
+def test_the_models_configuration_and_its_switch_count(longcat, caplog):
+    longcat.bsa_params = {"sparsity": 0.5, "chunk_3d_shape_q": [2, 3, 4], "chunk_3d_shape_k": [2, 2, 4]}
+    inputs, fast = make_inputs(), door(longcat, policy=None)
+    configured = BSAPolicy(sparsity=0.5, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="bsa_compile"):
+        sparse = fast(*inputs)
+        assert relative_error(sparse, run_reference(longcat, configured, *inputs)) < 1e-5
+        assert "Enabling Block Sparse Attention (BSA): sparsity=0.5" in caplog.text
+        longcat.disable_bsa()
+        assert relative_error(fast(*inputs), longcat(*inputs)) < 1e-6
+        longcat.enable_bsa()
+        assert torch.equal(fast(*inputs), sparse)
+        with CountCompiles() as compiles:
+            longcat.disable_bsa()
+            fast(*inputs)
+            longcat.enable_bsa()
+            fast(*inputs)
+        assert compiles.count == 0
+
+
+@pytest.mark.parametrize("policy", [POLICY, POLICY.to_dict()], ids=["object", "json"])
+def test_cond_latents_and_cache_through_the_trace(longcat, policy):
+    latents, timestep, text = make_inputs((6, 6, 10))
+    per_frame = timestep[:, None].expand(1, 6).clone()
+    per_frame[:, :2] = 0
+    fast = door(longcat, policy=policy)
+    with torch.no_grad():
+        whole = fast(latents, per_frame, text, num_cond_latents=2)
+        assert {s.role for s in bsa_compile.last_report().rewritten} == {"cond", "noise"}
+        want = run_reference(longcat, POLICY, latents, per_frame, text, num_cond_latents=2)
+        assert relative_error(whole, want) < 1e-5
+        _, cache = fast(latents[:, :, :2], per_frame[:, :2], text, return_kv=True, skip_crs_attn=True)
+        cached = fast(latents[:, :, 2:], per_frame[:, 2:], text, num_cond_latents=2, kv_cache_dict=cache)
+    assert {s.role for s in bsa_compile.last_report().rewritten} == {"cached"}
+    assert relative_error(cached, whole[:, :, 2:]) < 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_many_grids(longcat, dynamic):
+    fast = torch.compile(longcat, backend="bsa", options={"policy": POLICY, "compiler": "eager"}, dynamic=dynamic)
+    with torch.no_grad():
+        for grid in [(4, 6, 10), (2, 5, 9), (4, 7, 7), (3, 10, 6), (4, 6, 10)]:
+            inputs = make_inputs(grid)
+            assert relative_error(fast(*inputs), run_reference(longcat, POLICY, *inputs)) < 1e-5, grid
+            assert bsa_compile.last_report().rewritten
+
+
+def test_step_rules_do_not_match_here_and_the_report_says_so(longcat):
+    policy = BSAPolicy(**{**POLICY.to_dict(), "dense_steps": 4})
+    fast = door(longcat, policy=policy)
+    with torch.no_grad(), bsa_compile.step(0, 5):
+        out = fast(*make_inputs())
+        assert relative_error(out, run_reference(longcat, POLICY, *make_inputs())) < 1e-5
+    assert any("step" in note for note in bsa_compile.last_report().notes)
+
+
+def test_bad_options_are_refused(longcat):
+    with pytest.raises(Exception, match="BSAPolicy") as info, torch.no_grad():
+        door(longcat, policy=3)(*make_inputs())
+    assert isinstance(info.value, PolicyError) or isinstance(info.value.__cause__, PolicyError)
+    with pytest.raises(Exception, match="not_an_option"), torch.no_grad():
+        torch.compile(longcat, backend="bsa", options={"policy": POLICY, "not_an_option": 1})(*make_inputs())
+
+
+def test_equal_backends_are_equal_and_others_are_not():
+    one = BSABackend(POLICY)
+    assert one == BSABackend(BSAPolicy.from_json(POLICY.to_json()))
+    assert hash(one) == hash(BSABackend(POLICY))
+    others = [
+        BSABackend(BSAPolicy()),
+        BSABackend(POLICY, mode="max-autotune-no-cudagraphs"),
+        BSABackend(POLICY, options={"epilogue_fusion": False}),
+        BSABackend(POLICY, dynamic=True),
+        BSABackend(POLICY, compiler="eager"),
+    ]
+    assert all(one != other for other in others)
+
+
+def run_python(code: str, *, root: Path = ROOT, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(root), **env},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
+
+
+RUN = """
+    import json, sys, torch, bsa_compile
+    from bsa_compile.policy import BSAPolicy
+    from torch._dynamo.utils import counters
+    sparsity = float(sys.argv[1]) if len(sys.argv) > 1 else {sparsity}
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return bsa_compile.attention(q, k, v, grid_q=(4, 4, 8)).sin()
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 128, 16).unbind(0)
+    fast = bsa_compile.optimize(Model(), BSAPolicy(sparsity=sparsity, enabled={enabled}, chunk_3d_shape_q=(2, 2, 2)))
+    out = fast(q, k, v)
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps([float(out.double().sum()), hits]))
+"""
+
+
+def test_on_disk_caches_are_right_when_policy_or_sources_change(tmp_path):
+    """A cached graph knows an op by its name only; another policy or other sources must not find it."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+
+    def run(sparsity=0.5, enabled=True, root=ROOT):
+        return json.loads(run_python(RUN.format(sparsity=sparsity, enabled=enabled), root=root, **cache))
+
+    first, _ = run()
+    again, hits = run()
+    assert again == first
+    assert hits > 0  # the cache does work, so what follows is worth something
+    other, _ = run(sparsity=0.9)
+    assert other != pytest.approx(first, abs=1e-3)
+    dense, _ = run(enabled=False)
+    # A copy of the package whose anchor computes something else: composite ops are baked into compiled code.
+    for name in ("bsa_compile", "passes", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    edited = 0
+    for path in (tmp_path / "tree" / "bsa_compile" / "ops").glob("*.py"):
+        text = path.read_text()
+        if "F.scaled_dot_product_attention(" in text:
+            path.write_text(text.replace("F.scaled_dot_product_attention(", "0.5 * F.scaled_dot_product_attention("))
+            edited += 1
+    assert edited
+    changed, _ = run(enabled=False, root=tmp_path / "tree")
+    assert changed != pytest.approx(dense, abs=1e-3)
+
+
+def test_torch_logs_shows_each_site():
+    code = """
+        import torch, bsa_compile
+        from bsa_compile.policy import BSAPolicy
+        class Model(torch.nn.Module):
+            def forward(self, q):
+                return bsa_compile.attention(q, q, q, grid_q=(2, 2, 2))
+        bsa_compile.optimize(Model(), BSAPolicy(sparsity=0.5), backend="eager")(torch.randn(1, 1, 8, 16))
+    """
+    text = run_python(code, TORCH_LOGS="+bsa_compile")
+    assert "Enabling Block Sparse Attention (BSA): sparsity=0.5" in text
+    assert "block-sparse: sparsity 0.5" in text
