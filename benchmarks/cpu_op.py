@@ -1,6 +1,6 @@
 """Block-sparse attention on the CPU against torch's dense attention: raster order in and out, both in one run.
 
-    python benchmarks/cpu_op.py [--grid 8 32 32] [--heads 4] [--head-dim 64] [--sparsity 0.9375] [--backward] [--json FILE]
+python benchmarks/cpu_op.py [--grid 8 32 32] [--heads 4] [--head-dim 64] [--sparsity 0.9375] [--backward] [--json FILE]
 """
 
 from __future__ import annotations
@@ -43,16 +43,14 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
     tokens = args.grid[0] * args.grid[1] * args.grid[2]
     shape = (args.batch, tokens, args.heads, args.head_dim)
-    q, k, v, grad = (
-        torch.randn(shape, generator=generator).to(DTYPES[args.dtype]).transpose(1, 2) for _ in range(4)
-    )
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(DTYPES[args.dtype]).transpose(1, 2) for _ in range(4))
 
-    def dense(*qkv: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*qkv)
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
 
-    def sparse(*qkv: torch.Tensor) -> torch.Tensor:
+    def sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = block_sparse_attention(
-            *qkv, grid_q=args.grid, tile_q=args.tile, sparsity=args.sparsity, cdf_threshold=args.cdf_threshold
+            q, k, v, grid_q=args.grid, tile_q=args.tile, sparsity=args.sparsity, cdf_threshold=args.cdf_threshold
         )
         assert isinstance(out, torch.Tensor)
         return out

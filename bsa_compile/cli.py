@@ -20,6 +20,7 @@ EXIT_CLOSED_PIPE = 141
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("float32", "bfloat16", "float16")
+GRIDS = "12,30,36 on a CPU, 24,44,80 on a GPU"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="denoising steps (default: 3)")
     parser.add_argument("--output", default="demo_output", metavar="DIR", help="default: demo_output")
-    parser.add_argument("--grid", type=_triple, default=(8, 30, 36), metavar="T,H,W", help="default: 8,30,36")
+    parser.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the noise (default: 0)")
     _add_criteria(parser)
     _add_device(parser)
@@ -132,9 +133,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     attention = kinds.add_parser("attention", help="attention alone, on random q, k, v")
     model = kinds.add_parser("model", help="one call of the whole model")
-    for kind, grid in ((attention, "8,30,36 on a CPU, 24,44,80 on a GPU"), (model, "8,30,36")):
-        kind.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"default: {grid}")
-        kind.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    for kind, dtype in ((attention, "float32"), (model, "the checkpoint's")):
+        kind.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
+        kind.add_argument("--dtype", choices=DTYPES, help=f"default: {dtype} on a CPU, bfloat16 on a GPU")
         kind.add_argument("--repeats", type=_positive, default=5, metavar="N", help="the median counts (default: 5)")
         kind.add_argument("--warmup", type=_count, default=1, metavar="N", help="calls not counted (default: 1)")
         _add_policy(kind)
@@ -149,7 +150,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", type=_triple, default=(8, 30, 36), metavar="T,H,W", help="default: 8,30,36")
+    parser.add_argument("--grid", type=_triple, default=(12, 30, 36), metavar="T,H,W", help="default: 12,30,36")
     parser.add_argument("--output", default="block_mask.png", metavar="FILE", help="PNG (default: block_mask.png)")
     parser.add_argument("--checkpoint", metavar="DIR", help="take q and k from this model instead of random ones")
     parser.add_argument("--block", type=_count, default=0, metavar="I", help="of the checkpoint (default: 0)")

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .gating import pooled_dtype
-from .grid import num_tiles, raster_indices, tile_volume, valid_positions
+from .grid import raster_indices, tile_volume, valid_positions
 
-# What a chunk of query tiles may gather, per thread: about what a core's share of the caches holds.
-CHUNK_BYTES = 2 << 20
+# What a chunk of query tiles may gather: per thread about its share of the caches, and a limit that bounds memory.
+# Smaller chunks would fit caches better, but every chunk makes the threads wait for each other a few times.
+CHUNK_BYTES_PER_THREAD = 4 << 20
+CHUNK_BYTES = 32 << 20
 # Limits on one query tile, which bound memory when tiles or selections are huge: query positions and gathered bytes.
 MAX_POSITIONS = 1024
 MAX_BYTES = 32 << 20
@@ -80,9 +82,9 @@ def attend(
                     some = _Gather(at)
                     if some.none:
                         continue
-                    o, l = _attend_slots(some(q[b, h]), keys, values, slots, scale, scratch)
-                    some.write(out[b, h], o)
-                    some.write(lse[b, h], l)
+                    result = _attend_slots(some(q[b, h]), keys, values, slots, scale, scratch)
+                    some.write(out[b, h], result[0])
+                    some.write(lse[b, h], result[1])
     return out, lse
 
 
@@ -90,27 +92,29 @@ def _attend_slots(
     q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scale: float, scratch: tuple[_Scratch, _Scratch]
 ) -> tuple[Tensor, Tensor]:
     """Attend q `[R, P, D]` to the tokens `slots` `[R, L]` (-1: none) of `[Sk, D]`; out `[R, P, D]`, LSE `[R, P]`."""
-    out = lse = None
+    result: tuple[Tensor, Tensor] | None = None
     for part in slots.split(max(1, MAX_BYTES // (2 * len(slots) * q.shape[-1] * q.element_size())), 1):
         some = _Gather(part)
         if some.none:
             continue
         k, v = some(keys, scratch[0]), some(values, scratch[1])  # [R, L, D]
-        o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, None], k[:, None], v[:, None], attn_mask=some.mask(q.dtype), scale=scale
         )
-        o, l = o[:, 0], l[:, 0]
+        out, lse = out[:, 0], lse[:, 0]
         if some.missing is not None:
-            l = l.masked_fill(some.missing.all(-1, keepdim=True), -math.inf)
-        if out is None or lse is None:
-            out, lse = o, l
-        else:
-            both = torch.logaddexp(lse, l)
-            finite = both.masked_fill(both == -math.inf, 0)
-            out = out * (lse - finite).exp()[..., None] + o * (l - finite).exp()[..., None]
-            lse = both
-    assert out is not None and lse is not None  # every tile has a token
-    return out, lse
+            lse = lse.masked_fill(some.missing.all(-1, keepdim=True), -math.inf)
+        result = (out, lse) if result is None else _merge(*result, out, lse)
+    assert result is not None  # every tile has a token
+    return result
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys."""
+    both = torch.logaddexp(lse, other_lse)
+    shift = both.masked_fill(both == -math.inf, 0)
+    out = out * (lse - shift).exp()[..., None] + other * (other_lse - shift).exp()[..., None]
+    return out, both
 
 
 @torch.no_grad()
@@ -141,7 +145,7 @@ def attend_backward(
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k, v, in memory `[B, S, H, D]`.
     """
-    batch, heads, tokens, width = q.shape
+    batch, heads, _, width = q.shape
     heads_kv, tokens_k = k.shape[1:3]
     group, dtype = heads // heads_kv, lse.dtype
     dq, dk, dv = (
@@ -293,7 +297,7 @@ def _chunks(counts: Tensor, indices: Tensor, empty: int, bytes_per_tile: int) ->
     """
     order = counts.argsort(stable=True)
     sizes = counts[order].clamp(0, indices.shape[1]).tolist()
-    budget = CHUNK_BYTES * torch.get_num_threads()
+    budget = min(CHUNK_BYTES, CHUNK_BYTES_PER_THREAD * torch.get_num_threads())
     stop = len(sizes)
     while stop > 0 and sizes[stop - 1] > 0:
         width = sizes[stop - 1]

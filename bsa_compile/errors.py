@@ -50,7 +50,7 @@ class UsageError(BSACompileError, ValueError):
 def must(argument: str, constraint: str, got: object, todo: str = "") -> str:
     """Format an error text: ``<argument> must <constraint>, got <got>. <todo>``."""
     text = f"{argument} must {constraint}, got {got}."
-    return f"{text} {todo}".rstrip()
+    return f"{text} {todo}" if todo else text  # no string methods: Dynamo traces this with symbolic sizes in the text
 
 
 def require_extra(module: str, extra: str) -> object:

@@ -19,7 +19,7 @@ from .policy import keep_count
 # Elements of the largest temporaries (of 8 bytes at most, a handful at a time): bounds memory near 64 MiB.
 CHUNK_ELEMENTS = 1 << 20
 
-# A sum of N fp64 masses is short of the real number by rounding; without this, ten tiles of mass 0.1 reach 0.8 with nine.
+# A sum of N fp64 masses is short of the real number by rounding: ten tiles of mass 0.1 would reach 0.8 with nine.
 MASS_SLACK = 1e-10
 
 

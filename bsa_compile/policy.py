@@ -344,7 +344,9 @@ class BSAPolicy:
             return dataclasses.replace(base, dense="image")
         if step is not None and step.index < self.dense_steps:
             return dataclasses.replace(base, dense="dense_step", detail=f"step {step.index} < {self.dense_steps}")
-        short_side = min(grid_q[1], grid_q[2]) * self.pixels_per_token
+        # Sizes may be symbolic: comparing them puts a guard into the compiled code, so only where a rule asks.
+        by_resolution = any(rule.resolution is not None for rule in self.rules)
+        short_side = min(grid_q[1], grid_q[2]) * self.pixels_per_token if by_resolution else 0
         for position, rule in enumerate(self.rules):
             if not rule.matches(module, role, short_side, step):
                 continue
@@ -356,9 +358,8 @@ class BSAPolicy:
                 given = {"sparsity": None, "cdf_threshold": None, **given}
             base = dataclasses.replace(base, detail=label, **given)
             break
-        tokens = num_tokens(grid_k)
-        if tokens < self.min_tokens:
-            return dataclasses.replace(base, dense="min_tokens", detail=f"{tokens} < {self.min_tokens}")
+        if self.min_tokens and num_tokens(grid_k) < self.min_tokens:
+            return dataclasses.replace(base, dense="min_tokens", detail=f"{num_tokens(grid_k)} < {self.min_tokens}")
         return base
 
     @property

@@ -187,7 +187,11 @@ class Report:
         ]
         for site in self.sites:
             q, k = (("x".join(map(str, g)) if g else "?") for g in (site.grid_q, site.grid_k))
-            sizes = f"{site.tokens_q} tokens ({q})" if q == k else f"{site.tokens_q} ({q}) over {site.tokens_k} ({k})"
+            sizes = (
+                f"{site.tokens_q} tokens ({q})"
+                if (q, site.tokens_q) == (k, site.tokens_k)
+                else f"{site.tokens_q} ({q}) over {site.tokens_k} ({k})"
+            )
             where = site.module or "<root>"
             lines.append(f"  {where:<24} {site.role:<6} {sizes:<28} {site.outcome}")
             if not site.rewritten and site.source and site.reason not in ("disabled", "cross_attention"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import Launch, Triple
-from bsa_compile.kernels.launch import empty_like_tokens, launch_options, needs_mask, operands
+from bsa_compile.kernels.launch import common_alignment, empty_like_tokens, launch_options, needs_mask, operands
 from bsa_compile.kernels.tiles import (
     LOG2_E,
     POINTER,
@@ -43,6 +43,7 @@ def _delta(
     tokens,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):
@@ -50,24 +51,24 @@ def _delta(
     pid = tl.program_id(0)
     batch = pid // blocks // heads
     head = pid // blocks % heads
-    token = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK_D)
+    first = (pid % blocks).to(tl.int64) * BLOCK
+    row = tl.arange(0, BLOCK).to(tl.int64)
+    token = first + row
     keep = token < tokens
-    mask = keep[:, None] & (column < HEAD_DIM)[None, :]
-    grad_ptr = head_pointer(grad_ptr, grad_strides, batch, head)
-    out_ptr = head_pointer(out_ptr, out_strides, batch, head)
-    grad = tl.load(grad_ptr + (token * grad_strides[2])[:, None] + column[None, :], mask=mask, other=0.0)
-    out = tl.load(out_ptr + (token * out_strides[2])[:, None] + column[None, :], mask=mask, other=0.0)
+    grad_ptr = head_pointer(grad_ptr, grad_strides, batch, head, ALIGN)
+    out_ptr = head_pointer(out_ptr, out_strides, batch, head, ALIGN)
+    grad = load_rows(grad_ptr, grad_strides[2], first, row, keep, True, HEAD_DIM, BLOCK_D, ALIGN)
+    out = load_rows(out_ptr, out_strides[2], first, row, keep, True, HEAD_DIM, BLOCK_D, ALIGN)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # [BLOCK]
     if HAS_GRAD_LSE:
-        grad_lse_ptr = head_pointer(grad_lse_ptr, grad_lse_strides, batch, head)
+        grad_lse_ptr = head_pointer(grad_lse_ptr, grad_lse_strides, batch, head, 1)
         delta -= tl.load(grad_lse_ptr + token * grad_lse_strides[2], mask=keep, other=0.0).to(tl.float32)
     tl.store(delta_ptr + (batch * heads + head).to(tl.int64) * tokens + token, delta, mask=keep)
 
 
 @triton.jit
 def _load_statistics(lse_ptr, delta_ptr, token, valid, MASKED: tl.constexpr):
-    """(lse in base 2, delta) of some rows; lse is +inf, which makes P zero, for a row without keys or without a token."""
+    """(lse in base 2, delta) of some rows; for a row without keys or token lse is +inf, which makes P zero."""
     if MASKED:
         lse = tl.load(lse_ptr + token, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + token, mask=valid, other=0.0)
@@ -105,6 +106,7 @@ def _backward_q(
     TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILED: tl.constexpr,
@@ -131,22 +133,22 @@ def _backward_q(
     position_q = start_q + tl.arange(0, BLOCK_Q)
     origin_q, offset_q, valid_q = tile_tokens(tile_q, position_q, grid_q, TILE_Q, TILED)
     if ACCESS_Q == POINTER:
-        q_src = head_pointer(q_src, q_strides, batch, head)
+        q_src = head_pointer(q_src, q_strides, batch, head, ALIGN)
     if ACCESS_GRAD == POINTER:
-        grad_src = head_pointer(grad_src, grad_strides, batch, head)
+        grad_src = head_pointer(grad_src, grad_strides, batch, head, ALIGN)
     if ACCESS_DQ == POINTER:
-        dq_dst = head_pointer(dq_dst, dq_strides, batch, head)
+        dq_dst = head_pointer(dq_dst, dq_strides, batch, head, ALIGN)
     if ACCESS_K == POINTER:
-        k_src = head_pointer(k_src, k_strides, batch, head_kv)
+        k_src = head_pointer(k_src, k_strides, batch, head_kv, ALIGN)
     if ACCESS_V == POINTER:
-        v_src = head_pointer(v_src, v_strides, batch, head_kv)
+        v_src = head_pointer(v_src, v_strides, batch, head_kv, ALIGN)
     q = load_block(
         q_src, q_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
-        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_Q,
+        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_Q,
     )  # fmt: skip
     grad = load_block(
         grad_src, grad_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
-        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_GRAD,
+        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_GRAD,
     )  # fmt: skip
     rows_before = (batch * heads + head).to(tl.int64) * tokens_q
     lse, delta = _load_statistics(
@@ -163,11 +165,11 @@ def _backward_q(
         origin_k, offset_k, valid_k = tile_tokens(tile_k, start_k + tl.arange(0, BLOCK_K), grid_k, TILE_K, TILED)
         k = load_block(
             k_src, k_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
-            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_K,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_K,
         )  # fmt: skip
         v = load_block(
             v_src, v_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
-            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_V,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_V,
         )  # fmt: skip
         p = tl.exp2(dot(q, tl.trans(k)) * scale_log2 - lse[:, None])  # [BLOCK_Q, BLOCK_K]
         ds = p * (dot(grad, tl.trans(v)) - delta[:, None])
@@ -177,7 +179,7 @@ def _backward_q(
 
     store_block(
         dq_dst, dq_strides[2], batch, head, heads, tile_q, start_q, position_q, origin_q, offset_q, valid_q,
-        dq * scale, grid_q, TILE_Q, TILED, HEAD_DIM, BLOCK_D, ACCESS_DQ,
+        dq * scale, grid_q, TILE_Q, TILED, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_DQ,
     )  # fmt: skip
 
 
@@ -211,6 +213,7 @@ def _backward_k(
     TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILED: tl.constexpr,
@@ -234,14 +237,16 @@ def _backward_k(
     start_k = pid % PARTS_K * BLOCK_K
     position_k = start_k + tl.arange(0, BLOCK_K)
     origin_k, offset_k, valid_k = tile_tokens(tile_k, position_k, grid_k, TILE_K, TILED)
-    k_ptr = head_pointer(k_ptr, k_strides, batch, head_kv)
-    v_ptr = head_pointer(v_ptr, v_strides, batch, head_kv)
+    k_ptr = head_pointer(k_ptr, k_strides, batch, head_kv, ALIGN)
+    v_ptr = head_pointer(v_ptr, v_strides, batch, head_kv, ALIGN)
     if ACCESS_DK == POINTER:
-        dk_dst = head_pointer(dk_dst, dk_strides, batch, head_kv)
+        dk_dst = head_pointer(dk_dst, dk_strides, batch, head_kv, ALIGN)
     if ACCESS_DV == POINTER:
-        dv_dst = head_pointer(dv_dst, dv_strides, batch, head_kv)
-    k = load_rows(k_ptr, k_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D)  # [BLOCK_K, BLOCK_D]
-    v = load_rows(v_ptr, v_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D)
+        dv_dst = head_pointer(dv_dst, dv_strides, batch, head_kv, ALIGN)
+    k = load_rows(
+        k_ptr, k_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D, ALIGN
+    )  # [BLOCK_K, BLOCK_D]
+    v = load_rows(v_ptr, v_strides[2], origin_k, offset_k, valid_k, MASK_K, HEAD_DIM, BLOCK_D, ALIGN)
 
     scale_log2 = scale * LOG2_E
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -257,21 +262,21 @@ def _backward_k(
         delta_row = delta_ptr + list_row * tokens_q
         q_head = q_src
         if ACCESS_Q == POINTER:
-            q_head = head_pointer(q_src, q_strides, batch, head)
+            q_head = head_pointer(q_src, q_strides, batch, head, ALIGN)
         grad_head = grad_src
         if ACCESS_GRAD == POINTER:
-            grad_head = head_pointer(grad_src, grad_strides, batch, head)
+            grad_head = head_pointer(grad_src, grad_strides, batch, head, ALIGN)
         for step in tl.range(0, count * PARTS_Q, num_stages=STAGES):
             tile_q = tl.load(list_ptr + step // PARTS_Q)
             start_q = step % PARTS_Q * BLOCK_Q
             origin_q, offset_q, valid_q = tile_tokens(tile_q, start_q + tl.arange(0, BLOCK_Q), grid_q, TILE_Q, TILED)
             q = load_block(
                 q_head, q_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
-                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_Q,
+                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_Q,
             )  # fmt: skip
             grad = load_block(
                 grad_head, grad_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
-                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_GRAD,
+                grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_GRAD,
             )  # fmt: skip
             lse, delta = _load_statistics(lse_row + origin_q, delta_row + origin_q, offset_q, valid_q, MASK_Q)
             p = tl.exp2(dot(k, tl.trans(q)) * scale_log2 - lse[None, :])  # [BLOCK_K, BLOCK_Q]
@@ -281,11 +286,11 @@ def _backward_k(
 
     store_block(
         dk_dst, dk_strides[2], batch, head_kv, heads_kv, tile_k, start_k, position_k, origin_k, offset_k, valid_k,
-        dk * scale, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ACCESS_DK,
+        dk * scale, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_DK,
     )  # fmt: skip
     store_block(
         dv_dst, dv_strides[2], batch, head_kv, heads_kv, tile_k, start_k, position_k, origin_k, offset_k, valid_k,
-        dv, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ACCESS_DV,
+        dv, grid_k, TILE_K, TILED, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_DV,
     )  # fmt: skip
 
 
@@ -320,8 +325,8 @@ def attend_backward(
         path: "pointer" refuses the box path.
 
     Returns:
-        dq, dk and dv in the dtypes and shapes of q, k and v, laid out in memory as [B, S, H, D]. Key tiles that no query
-        tile selected and query rows without keys get exact zeros.
+        dq, dk and dv in the dtypes and shapes of q, k and v, laid out in memory as [B, S, H, D]. Key tiles that no
+        query tile selected and query rows without keys get exact zeros.
     """
     batch, heads, tokens_q, head_dim = q.shape
     heads_kv = k.shape[1]
@@ -335,13 +340,14 @@ def attend_backward(
     lse = lse.contiguous()
     block_d = max(16, config.next_power_of_two(head_dim))
 
+    align = common_alignment(q, k, v, grad_out, out, dq, dk, dv)
     rows = 64
     programs = batch * heads * triton.cdiv(tokens_q, rows)
     if programs:
         _delta[(programs,)](
             grad_out, out, grad_lse, delta, grad_out.stride()[:3], out.stride()[:3],
             (0, 0, 0) if grad_lse is None else grad_lse.stride(), heads, tokens_q,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=rows, HAS_GRAD_LSE=grad_lse is not None,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, ALIGN=align, BLOCK=rows, HAS_GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
 
     shared = {
@@ -349,6 +355,7 @@ def attend_backward(
         "TILE_K": tuple(tile_k),
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
+        "ALIGN": align,
         "TILED": layout == "tile",
     }
     chosen = config.backward_q_path(q, k, v, grid_k, tile_q, tile_k, layout, launch=launch_q, path=path)
@@ -384,9 +391,7 @@ def attend_backward(
             (q, grad_out), grid_q, tile_q, layout, launch_k.block_q, boxes
         )
         # k and v are read once, by pointers: they then stay in shared memory, where registers are what is scarce.
-        (dk_dst, access_dk), (dv_dst, access_dv) = operands(
-            (dk, dv), grid_k, tile_k, layout, launch_k.block_k, boxes
-        )
+        (dk_dst, access_dk), (dv_dst, access_dv) = operands((dk, dv), grid_k, tile_k, layout, launch_k.block_k, boxes)
         _backward_k[(programs,)](
             q_src, k, v, grad_src, dk_dst, dv_dst, lse, delta, q_offsets, q_indices, float(scale),
             q.stride()[:3], k.stride()[:3], v.stride()[:3], grad_out.stride()[:3], dk.stride()[:3], dv.stride()[:3],

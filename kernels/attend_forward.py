@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import Launch, Triple
-from bsa_compile.kernels.launch import empty_like_tokens, launch_options, needs_mask, operands
+from bsa_compile.kernels.launch import common_alignment, empty_like_tokens, launch_options, needs_mask, operands
 from bsa_compile.kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -48,6 +48,7 @@ def _attend_forward(
     TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILED: tl.constexpr,
@@ -74,16 +75,16 @@ def _attend_forward(
     position_q = start_q + tl.arange(0, BLOCK_Q)
     origin_q, offset_q, valid_q = tile_tokens(tile_q, position_q, grid_q, TILE_Q, TILED)
     if ACCESS_Q == POINTER:
-        q_src = head_pointer(q_src, q_strides, batch, head)
+        q_src = head_pointer(q_src, q_strides, batch, head, ALIGN)
     if ACCESS_K == POINTER:
-        k_src = head_pointer(k_src, k_strides, batch, head_kv)
+        k_src = head_pointer(k_src, k_strides, batch, head_kv, ALIGN)
     if ACCESS_V == POINTER:
-        v_src = head_pointer(v_src, v_strides, batch, head_kv)
+        v_src = head_pointer(v_src, v_strides, batch, head_kv, ALIGN)
     if ACCESS_OUT == POINTER:
-        out_dst = head_pointer(out_dst, out_strides, batch, head)
+        out_dst = head_pointer(out_dst, out_strides, batch, head, ALIGN)
     q = load_block(
         q_src, q_strides[2], batch, head, heads, tile_q, start_q, origin_q, offset_q, valid_q,
-        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ACCESS_Q,
+        grid_q, TILE_Q, TILED, MASK_Q, BLOCK_Q, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_Q,
     )  # fmt: skip
 
     scale_log2 = scale * LOG2_E
@@ -98,7 +99,7 @@ def _attend_forward(
         origin_k, offset_k, valid_k = tile_tokens(tile_k, start_k + tl.arange(0, BLOCK_K), grid_k, TILE_K, TILED)
         k = load_block(
             k_src, k_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
-            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_K,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_K,
         )  # fmt: skip
         s = dot(q, tl.trans(k))  # [BLOCK_Q, BLOCK_K]
         if MASK_K:
@@ -115,7 +116,7 @@ def _attend_forward(
         acc = acc * decay[:, None]
         v = load_block(
             v_src, v_strides[2], batch, head_kv, heads_kv, tile_k, start_k, origin_k, offset_k, valid_k,
-            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ACCESS_V,
+            grid_k, TILE_K, TILED, MASK_K, BLOCK_K, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_V,
         )  # fmt: skip
         acc = dot(p.to(v.dtype), v, acc)
         best = new_best
@@ -125,7 +126,7 @@ def _attend_forward(
     lse = tl.where(empty, float("-inf"), (best + tl.log2(total)) * LN_2)
     store_block(
         out_dst, out_strides[2], batch, head, heads, tile_q, start_q, position_q, origin_q, offset_q, valid_q,
-        acc / total[:, None], grid_q, TILE_Q, TILED, HEAD_DIM, BLOCK_D, ACCESS_OUT,
+        acc / total[:, None], grid_q, TILE_Q, TILED, HEAD_DIM, BLOCK_D, ALIGN, ACCESS_OUT,
     )  # fmt: skip
     keep = valid_q
     if TILED:
@@ -184,6 +185,7 @@ def attend_forward(
             TILE_K=tuple(tile_k),
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, config.next_power_of_two(head_dim)),
+            ALIGN=common_alignment(q, k, v, out),
             BLOCK_Q=launch.block_q,
             BLOCK_K=launch.block_k,
             TILED=layout == "tile",

@@ -18,6 +18,12 @@ def empty_like_tokens(x: Tensor) -> Tensor:
     return torch.empty(batch, tokens, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
+def common_alignment(*tensors: Tensor) -> int:
+    """Elements in 16 bytes if every row of every tensor starts at a multiple of that from its first element, else 1."""
+    elements = 16 // tensors[0].element_size()
+    return elements if all(stride % elements == 0 for x in tensors for stride in x.stride()[:3]) else 1
+
+
 def needs_mask(grid: Triple, tile: Triple, block: int) -> bool:
     """Whether blocks of `block` positions of some tile hold positions without a token."""
     return not config.divides(grid, tile) or config.volume(tile) % block != 0
@@ -26,7 +32,7 @@ def needs_mask(grid: Triple, tile: Triple, block: int) -> bool:
 def operands(
     tensors: tuple[Tensor, ...], grid: Triple, tile: Triple, layout: str, block: int, boxes: bool
 ) -> list[tuple[Any, int]]:
-    """Each tensor [B, H, S, D] as a kernel takes it, and how (`ACCESS` in tiles.py): a descriptor, or the tensor itself."""
+    """Each tensor [B, H, S, D] as a kernel takes it, a descriptor or itself, and how (`ACCESS` in tiles.py)."""
     result: list[tuple[Any, int]] = []
     for x in tensors:
         plan = config.plan_boxes(x, grid, tile, layout, block) if boxes else ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import Triple
-from bsa_compile.kernels.launch import needs_mask
+from bsa_compile.kernels.launch import common_alignment, needs_mask
 from bsa_compile.kernels.tiles import head_pointer, load_rows, parts, tile_origin, tile_tokens
 
 
@@ -24,18 +24,19 @@ def _pool(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     row = tl.program_id(0)  # (batch, head, tile)
     tile = row % tiles
-    x_ptr = head_pointer(x_ptr, strides, row // tiles // heads, row // tiles % heads)
+    x_ptr = head_pointer(x_ptr, strides, row // tiles // heads, row // tiles % heads, ALIGN)
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for part in range(0, parts(TILE, BLOCK)):
         position = part * BLOCK + tl.arange(0, BLOCK)
         origin, offset, valid = tile_tokens(tile, position, grid, TILE, TILED)
-        total += load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D).to(tl.float32)
+        total += load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN).to(tl.float32)
     t, h, w = tile_origin(tile, grid, TILE)
     count = tl.minimum(TILE[0], grid[0] - t) * tl.minimum(TILE[1], grid[1] - h) * tl.minimum(TILE[2], grid[2] - w)
     column = tl.arange(0, BLOCK_D)
@@ -63,6 +64,7 @@ def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tenso
             TILE=tuple(tile),
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, config.next_power_of_two(head_dim)),
+            ALIGN=common_alignment(x),
             BLOCK=launch.block_q,
             TILED=layout == "tile",
             MASKED=needs_mask(grid, tile, launch.block_q),

@@ -1,7 +1,7 @@
 """Choose the key tiles of each query tile from the pooled queries and keys.
 
 Scores become int32 keys in the same order, so that the k-th best of a row is found by bisection on integers: exact,
-independent of the order of summation, and the same for NaN and infinities. No sort. NaN counts as the best score.
+independent of the order of summation, and safe for infinities. No sort. A NaN score counts as -inf.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ MASS_BITS = 30
 
 @triton.jit
 def _to_keys(score):
-    """int32 in the order of the fp32 scores; -0 equals 0 and NaN is the largest."""
+    """int32 in the order of the fp32 scores; -0 equals 0 and NaN equals -inf."""
+    score = tl.where(score == score, score, float("-inf"))
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ _FLIP, bits)
-    return tl.where(score == score, bits, _FLIP)
+    return tl.where(bits < 0, bits ^ _FLIP, bits)
 
 
 @triton.jit
 def _to_logits(keys, scale):
-    """Scores of `_to_keys`, times `scale`, in base 2; NaN comes back as +inf and a missing key as -inf."""
+    """Scores of `_to_keys`, times `scale`, in base 2; a missing key comes back as -inf."""
     score = tl.where(keys < 0, keys ^ _FLIP, keys).to(tl.float32, bitcast=True)
-    score = tl.where(score == score, score, float("inf"))
     return tl.where(keys == _NO_KEY, float("-inf"), score * (scale * LOG2_E))
 
 
@@ -101,7 +100,18 @@ def _load_keys(row_ptr, start, tiles_k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _measure(keys, weights, row_ptr, threshold, best, scale, tiles_k, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _measure(
+    keys,
+    weights,
+    row_ptr,
+    threshold,
+    best,
+    scale,
+    tiles_k,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Number, or weight, of the keys of a row that are > threshold; `keys` and `weights` hold all of them if WHOLE."""
     if WHOLE:
         if WEIGHT:
@@ -120,7 +130,9 @@ def _measure(keys, weights, row_ptr, threshold, best, scale, tiles_k, WEIGHT: tl
 
 
 @triton.jit
-def _bisect(keys, weights, row_ptr, target, best, scale, tiles_k, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _bisect(
+    keys, weights, row_ptr, target, best, scale, tiles_k, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
     """A threshold such that the keys > it do not exceed `target`, and with those equal to it they reach `target`."""
     low = tl.full([], -(2**31), tl.int64)  # all keys are > low, none is > high
     high = tl.full([], 2**31 - 1, tl.int64)
@@ -129,9 +141,8 @@ def _bisect(keys, weights, row_ptr, target, best, scale, tiles_k, WEIGHT: tl.con
         total = _measure(keys, weights, row_ptr, middle.to(tl.int32), best, scale, tiles_k, WEIGHT, BLOCK, WHOLE)
         if total >= target:
             low = middle
-            if not WEIGHT:
-                if total == target:
-                    high = middle + 1
+            if not WEIGHT and total == target:
+                high = middle + 1
         else:
             high = middle
     return high.to(tl.int32)
@@ -216,9 +227,9 @@ def select(
         block: Columns of a row that are looked at at a time, a power of two (for tests).
 
     Returns:
-        kv_num_blocks [B, H, Nq] int32 and kv_indices [B, H, Nq, Kmax] int32, ascending and left-packed; Kmax is `count`,
-        or Nk when there is a `cdf_threshold`. What lies beyond a row's count is not written. Equal scores go to the
-        lower index; NaN is the best score.
+        kv_num_blocks [B, H, Nq] int32 and kv_indices [B, H, Nq, Kmax] int32, ascending and left-packed; Kmax is
+        `count`, or Nk when there is a `cdf_threshold`. What lies beyond a row's count is not written. Equal scores go to the
+        lower index; NaN counts as -inf.
     """
     batch, heads, tiles_q, head_dim = q_pooled.shape
     heads_kv, tiles_k = k_pooled.shape[1:3]

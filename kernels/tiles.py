@@ -1,8 +1,9 @@
-"""What the attention kernels share: from a tile and a position in it to tokens, reads and writes of such rows, the dot.
+"""What the attention kernels share: from a tile and a position in it to tokens, reads and writes of rows, the dot.
 
-Tiles are numbered in raster order of their (t, h, w) coordinates and positions inside a tile in raster order of the full
-tile. A tile that sticks out of the grid has positions without a token: `valid` is false there. `GRID` and `TILE` are
-(t, h, w) tuples; TILED says that the token axis is in padded tile order instead of raster order.
+Tiles are numbered in raster order of their (t, h, w) coordinates and positions inside a tile in raster order of the
+full tile. A tile that sticks out of the grid has positions without a token: `valid` is false there. `grid` and `TILE`
+are (t, h, w) tuples; TILED says that the token axis is in padded tile order instead of raster order; ALIGN is a number
+of elements that all strides are known to be multiples of.
 """
 
 from __future__ import annotations
@@ -73,31 +74,50 @@ def tile_tokens(tile, position, grid, TILE: tl.constexpr, TILED: tl.constexpr):
 
 
 @triton.jit
-def head_pointer(pointer, strides, batch, head):
+def head_pointer(pointer, strides, batch, head, ALIGN: tl.constexpr):
     """Pointer to the first row of a head; strides are those of (batch, head, token)."""
-    return pointer + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return pointer + tl.multiple_of(batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], ALIGN)
 
 
 @triton.jit
-def load_rows(pointer, stride, origin, offset, valid, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def row_pointers(pointer, stride, origin, offset, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to the rows `origin + offset`; rows start at multiples of ALIGN elements.  [rows, BLOCK_D]"""
+    offset = tl.multiple_of(offset * stride, ALIGN)
+    return (pointer + tl.multiple_of(origin * stride, ALIGN)) + (offset[:, None] + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    stride,
+    origin,
+    offset,
+    valid,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """Rows `origin + offset`, zero where `valid` is false and beyond HEAD_DIM.  [rows, BLOCK_D]"""
-    column = tl.arange(0, BLOCK_D)
-    pointers = pointer + origin * stride + (offset * stride)[:, None] + column[None, :]
+    pointers = row_pointers(pointer, stride, origin, offset, BLOCK_D, ALIGN)
+    inside = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if MASKED:
         if BLOCK_D == HEAD_DIM:
             rows = tl.load(pointers, mask=valid[:, None], other=0.0)
         else:
-            rows = tl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+            rows = tl.load(pointers, mask=valid[:, None] & inside, other=0.0)
     else:
         if BLOCK_D == HEAD_DIM:
             rows = tl.load(pointers)
         else:
-            rows = tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
+            rows = tl.load(pointers, mask=inside, other=0.0)
     return rows
 
 
 @triton.jit
-def box_coordinates(source, batch, head, heads, tile, start, grid, TILE: tl.constexpr, TILED: tl.constexpr, ACCESS: tl.constexpr):
+def box_coordinates(
+    batch, head, heads, tile, start, grid, TILE: tl.constexpr, TILED: tl.constexpr, ACCESS: tl.constexpr
+):
     """Where position `start` of a tile lies in a tensor descriptor made from a `config.BoxPlan`."""
     t, h, w = tile_origin(tile, grid, TILE)
     frames = grid[0]
@@ -141,6 +161,7 @@ def load_block(
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACCESS: tl.constexpr,
 ):
     """BLOCK positions of a tile from position `start` on, zero where there is no token.  [BLOCK, BLOCK_D]
@@ -148,9 +169,9 @@ def load_block(
     `source` is a pointer to the first row of the head, or a tensor descriptor, as ACCESS says.
     """
     if ACCESS == POINTER:
-        block = load_rows(source, stride, origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D)
+        block = load_rows(source, stride, origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
     else:
-        at = box_coordinates(source, batch, head, heads, tile, start, grid, TILE, TILED, ACCESS)
+        at = box_coordinates(batch, head, heads, tile, start, grid, TILE, TILED, ACCESS)
         block = source.load(at).reshape([BLOCK, BLOCK_D])
     return block
 
@@ -174,6 +195,7 @@ def store_block(
     TILED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACCESS: tl.constexpr,
 ):
     """Write fp32 `rows` to the tokens of a tile, cast; positions of a padded tile order without a token get 0.
@@ -185,12 +207,11 @@ def store_block(
         if TILED:
             keep = position < TILE[0] * TILE[1] * TILE[2]
             rows = tl.where(valid[:, None], rows, 0.0)
-        column = tl.arange(0, BLOCK_D)
-        pointers = target + origin * stride + (offset * stride)[:, None] + column[None, :]
         mask = keep[:, None]
         if BLOCK_D != HEAD_DIM:
-            mask = mask & (column < HEAD_DIM)[None, :]
+            mask = mask & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+        pointers = row_pointers(target, stride, origin, offset, BLOCK_D, ALIGN)
         tl.store(pointers, rows.to(target.dtype.element_ty), mask=mask)
     else:
-        at = box_coordinates(target, batch, head, heads, tile, start, grid, TILE, TILED, ACCESS)
+        at = box_coordinates(batch, head, heads, tile, start, grid, TILE, TILED, ACCESS)
         target.store(at, rows.to(target.dtype).reshape(target.block_shape))

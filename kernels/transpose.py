@@ -18,7 +18,9 @@ _WORD = 32
 
 
 @triton.jit
-def _set_bits(counts_ptr, lists_ptr, bits_ptr, tiles_q, tiles_k, capacity, words, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def _set_bits(
+    counts_ptr, lists_ptr, bits_ptr, tiles_q, tiles_k, capacity, words, WORD: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)  # (batch and head, query tile)
     list_row = row // tiles_q
     tile_q = row % tiles_q
@@ -53,10 +55,7 @@ def _read_bits(
     bits_ptr += list_row * words * tiles_k + tile_k
     offsets_ptr += list_row * (tiles_k + 1) + tile_k
     lists_ptr += list_row * capacity
-    if WRITE:
-        end = tl.load(offsets_ptr, mask=keep, other=0)
-    else:
-        end = tl.zeros([BLOCK], tl.int32)
+    end = tl.load(offsets_ptr, mask=keep, other=0) if WRITE else tl.zeros([BLOCK], tl.int32)
     for word in range(0, words):
         value = tl.load(bits_ptr, mask=keep, other=0)
         is_set = (value[:, None] >> bit[None, :]) & 1  # [BLOCK, WORD]
@@ -79,9 +78,9 @@ def transpose_selection(kv_num_blocks: Tensor, kv_indices: Tensor, num_kv_tiles:
         num_kv_tiles: Nk.
 
     Returns:
-        q_offsets [B, H, Nk + 1] (int32, or int64 when Nq * Kmax needs it) and q_indices [B, H, Nq * Kmax] int32: key tile
-        j was selected by the query tiles q_indices[b, h, q_offsets[b, h, j] : q_offsets[b, h, j + 1]], ascending. What
-        lies beyond the last offset is not written.
+        q_offsets [B, H, Nk + 1] (int32, or int64 when Nq * Kmax needs it) and q_indices [B, H, Nq * Kmax] int32: key
+        tile j was selected by the query tiles q_indices[b, h, q_offsets[b, h, j] : q_offsets[b, h, j + 1]], ascending.
+        What lies beyond the last offset is not written.
     """
     batch, heads, tiles_q, per_row = kv_indices.shape
     device = kv_indices.device

@@ -93,6 +93,13 @@ def qualified_name(target: Any) -> str:
     return f"{getattr(target, '__module__', None) or ''}.{name}"
 
 
+def schema_of(target: Any) -> torch.FunctionSchema | None:
+    """The schema of an op; of a packet, that of its first overload."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
 def call_of(node: fx.Node) -> Call | None:
     """The node as a call of an operator of torch or Python; None for functions of other libraries."""
     if node.op == "call_method":

@@ -22,7 +22,11 @@ def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx
         new = graph.output(value, type_expr=old.type)
         new.meta = copy.copy(old.meta)
         nodes[old] = new
-    graph.set_codegen(copy.deepcopy(module.graph._codegen))
+    for old, new in nodes.items():
+        # AOTAutograd reads where each input comes from off the node itself, which Graph.graph_copy leaves behind.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    graph.set_codegen(copy.copy(module.graph._codegen))
     result = fx.GraphModule(module, graph, class_name=module._get_name())
     for kind in ("_parameters", "_buffers", "_modules"):
         own = getattr(result, kind)

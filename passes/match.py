@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import Call, call_of, is_pointwise, qualified_name
+from .calls import Call, call_of, is_pointwise, qualified_name, schema_of
 from .modulepath import value
 
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -198,26 +198,29 @@ def written_out(node: fx.Node) -> Match | None:
     if not (isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(value(q), torch.Tensor)):
         return None
     rank = value(q).dim()
-    issue = ("opaque", "written out as matmul, softmax, matmul; F.scaled_dot_product_attention would be seen")
+    issue = ("opaque", "written out as matmul, softmax, matmul, in the model or by run_decompositions()")
     return Match("matmul-softmax-matmul", q, k, None, rank - 2, rank - 1, issue=issue)
 
 
 def _back(node: Any, wanted: Sequence[str]) -> Call | None:
+    """The nearest call of one of these names, upstream through views and elementwise operators alone."""
+    front = [node] if isinstance(node, fx.Node) else []
     for _ in range(_CHAIN):
-        call = call_of(node) if isinstance(node, fx.Node) else None
-        if call is None or call.name in wanted:
-            return call
-        if call.name not in _PASSIVE and not is_pointwise(call.name):
-            return None
-        node = call.x
+        calls = [call for n in front if (call := call_of(n)) is not None]
+        found = next((call for call in calls if call.name in wanted), None)
+        if found is not None:
+            return found
+        passed = [call for call in calls if call.name in _PASSIVE or is_pointwise(call.name)]
+        front = list(dict.fromkeys(n for call in passed for n in call.node.all_input_nodes))
     return None
 
 
 def _bind(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
     """Arguments by name."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        names = [a.name for a in target._schema.arguments]
+    schema = schema_of(target)
+    if schema is not None:
+        names = [a.name for a in schema.arguments]
     else:
         with contextlib.suppress(TypeError, ValueError):  # a builtin has no signature: the documented order holds
             names = [p for p in inspect.signature(target).parameters if p not in ("args", "kwargs")] or names

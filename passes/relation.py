@@ -138,8 +138,11 @@ def _different(found: Found, q: _Side, k: _Side, runs: set[Origin], mine: set[Or
     behind = [o for o in sorted(runs, key=_rank) if o in k.pieces]
     if behind:
         return _behind_others(found, behind[0], q.runs[behind[0]], k.pieces[behind[0]], sizes)
-    if not k.holds(runs or mine):
+    apart = runs - set(k.runs)  # a RoPE table given as an input may be common to queries and keys of any kind
+    if not k.holds(apart or mine):
         return _cross(k)
+    if runs and not apart:
+        return Relation("unknown", detail=f"queries come from {_names(runs)}, keys from {_names(k.runs)}")
     if not runs and any(o in q.pieces or o in k.pieces for o in mine):
         return Relation("mixed", detail=_pieces(q, k))
     if runs:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from .calls import Call, call_of, is_pointwise, qualified_name
+from .calls import Call, call_of, is_pointwise, qualified_name, schema_of
 from .layout import Algebra, Layout, Segments, Track
 from .match import Match, match, written_out
 from .modulepath import source_line, value
@@ -317,10 +317,10 @@ class Tracer:
     def _unknown(self, node: fx.Node, call: Call | None = None) -> States:
         states = [self.state(n) for n in node.all_input_nodes]
         writes = [call.x] if call is not None and call.inplace else [node.kwargs.get("out")]
-        if isinstance(node.target, torch._ops.OpOverload):
-            for i, a in enumerate(node.target._schema.arguments):
-                if a.alias_info is not None and a.alias_info.is_write:
-                    writes.append(node.args[i] if i < len(node.args) else node.kwargs.get(a.name))
+        schema = schema_of(node.target)
+        for i, a in enumerate(schema.arguments if schema is not None else ()):
+            if a.alias_info is not None and a.alias_info.is_write:
+                writes.append(node.args[i] if i < len(node.args) else node.kwargs.get(a.name))
         for written in writes:
             if isinstance(written, fx.Node):
                 self.drop(written, self.state(written).tokens, node)
@@ -395,10 +395,9 @@ class Tracer:
     def _note_change(self, node: fx.Node) -> None:
         """Remember where the tokens of an origin stopped being one run of one dimension, for messages."""
         found = self._states[node]
-        if isinstance(found, tuple) or not found.tokens:
-            return
+        states = found if isinstance(found, tuple) else (found,)
         notes: dict[Origin, str] = {}
-        for origin, track in found.tokens.items():
+        for origin, track in (item for state in states for item in state.tokens.items()):
             if self._in_order(track):
                 continue
             inherited = [self._changed[n][origin] for n in node.all_input_nodes if origin in self._changed.get(n, {})]
@@ -418,7 +417,9 @@ class Tracer:
         if isinstance(track, Segments):
             return True
         moving = [f for dim in track.dims for f in dim if not self.sizes.same(f[1], 0)]
-        return all(self.sizes.same(a[1], product((b[0], b[1]))) for a, b in itertools.pairwise(moving))
+        if moving and not self.sizes.same(moving[-1][1], 1):
+            return False
+        return all(self.sizes.same(a[1], product(b)) for a, b in itertools.pairwise(moving))
 
 
 def is_weight(node: fx.Node, example: torch.Tensor) -> bool:

@@ -68,7 +68,7 @@ def _evaluate(user: fx.Node, changed: fx.Node, example: Any) -> Any:
             if user.op == "call_method":
                 return getattr(args[0], str(user.target))(*args[1:], **kwargs)
             return user.target(*args, **kwargs)  # type: ignore[operator]
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # fake tensors raise the latter
         return None
 
 

@@ -235,13 +235,33 @@ def _stack(t: Tracer, call: Call) -> States:
     tokens: dict[Any, Track] = {}
     lost = t.lose(call.node, *states).lost
     for origin in dict.fromkeys(o for s in states for o in s.tokens):
-        tracks = [s.tokens.get(origin) for s in states]
-        layouts = [track for track in tracks if isinstance(track, Layout)]
-        joined = t.algebra.stack(layouts, dim) if len(layouts) == len(tracks) else None
+        joined = _stacked(t, [s.tokens.get(origin) for s in states], dim)
         if joined is not None:
             tokens[origin] = joined
             lost.pop(origin, None)
     return State(tokens, lost, any(s.projected for s in states))
+
+
+def _stacked(t: Tracer, tracks: Sequence[Track | None], dim: int) -> Track | None:
+    """Tracks of tensors of one shape behind each other along a new dimension; stretches stack one by one."""
+    layouts = [track for track in tracks if isinstance(track, Layout)]
+    if len(layouts) == len(tracks):
+        return t.algebra.stack(layouts, dim)
+    segments = [track for track in tracks if isinstance(track, Segments)]
+    first = segments[0] if len(segments) == len(tracks) else None
+    if first is None or any(s.dim != first.dim or len(s.parts) != len(first.parts) for s in segments):
+        return None
+    parts: list[tuple[Size, Layout | None]] = []
+    for column in zip(*(s.parts for s in segments), strict=True):
+        length = column[0][0]
+        here = [layout for _, layout in column if layout is not None]
+        if not all(t.sizes.same(other, length) for other, _ in column) or len(here) not in (0, len(column)):
+            return None
+        stacked = t.algebra.stack(here, dim) if here else None
+        if here and stacked is None:
+            return None
+        parts.append((length, stacked))
+    return Segments(first.dim + (dim <= first.dim), tuple(parts))
 
 
 # -- operations on tracks that rules share ----------------------------------------------------------------------------

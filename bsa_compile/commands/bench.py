@@ -18,14 +18,13 @@ from bsa_compile.capture import AttentionInputs, select_tiles
 from bsa_compile.commands import common, console
 from bsa_compile.errors import PolicyError, must
 from bsa_compile.files import check_writable
-from bsa_compile.grid import TokenGrid
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.timing import Timing, measure, timed
 
 TEXT_TOKENS = 16
-# What to time where nothing is said: the demo's sizes on a CPU, LongCat's 720p refinement on a GPU.
-CPU_DEFAULTS: dict[str, Any] = {"grid": (8, 30, 36), "heads": 2, "head_dim": 64, "dtype": "float32"}
-CUDA_DEFAULTS: dict[str, Any] = {"grid": (24, 44, 80), "heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+# Sizes of attention where nothing is said: the tiny checkpoint's heads on a CPU, a quarter of LongCat's on a GPU.
+CPU_DEFAULTS: dict[str, Any] = {"heads": 2, "head_dim": 64, "dtype": "float32"}
+CUDA_DEFAULTS: dict[str, Any] = {"heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +53,7 @@ def bench_attention(args: argparse.Namespace, device: torch.device) -> dict[str,
     sizes = {
         name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
     }
-    grid, dtype = TokenGrid.of(sizes["grid"]), common.DTYPES[sizes["dtype"]]
+    grid, dtype = common.check_grid(args.grid or common.GRIDS[device.type]), common.DTYPES[sizes["dtype"]]
     policy = common.chosen_policy(args)
     site = policy.resolve(module="", role="self", grid_q=grid.shape, grid_k=grid.shape)
     if site.dense:
@@ -123,9 +122,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def bench_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One call of the optimized model with block sparse attention off and on."""
     backend, note = common.resolve_backend(args.backend, device)
-    grid = common.check_grid(CPU_DEFAULTS["grid"] if args.grid is None else args.grid)
+    grid = common.check_grid(args.grid or common.GRIDS[device.type])
     folder = common.find_checkpoint(common.TINY_CHECKPOINT if args.checkpoint is None else args.checkpoint)
-    dtype = None if args.dtype is None else common.DTYPES[args.dtype]
+    dtype = common.model_dtype(args.dtype, device)
     policy = common.chosen_policy(args, common.meta_model(folder))
     model = LongCatVideoTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, device=device)
     inputs = common.model_inputs(model, grid, text_tokens=TEXT_TOKENS)

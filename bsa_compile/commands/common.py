@@ -23,6 +23,8 @@ from bsa_compile.policy import BSAPolicy
 from bsa_compile.report import Site
 
 TINY_CHECKPOINT = Path(bsa_compile.__file__).parent / "data" / "tiny_longcat"
+# What to run where nothing is said: what a CPU does in seconds, and LongCat's 720p refinement on a GPU.
+GRIDS = {"cpu": (12, 30, 36), "cuda": (24, 44, 80)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,6 +127,13 @@ def _inductor_lacks(device: torch.device) -> str:
     except InvalidCxxCompiler:
         return "a C++ compiler"
     return ""
+
+
+def model_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """What to cast a checkpoint to: by default bfloat16 on a GPU, and nothing (None) on a CPU."""
+    if name is not None:
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else None
 
 
 def check_grid(grid: tuple[int, int, int], cond: int = 0) -> TokenGrid:

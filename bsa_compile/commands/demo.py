@@ -33,9 +33,11 @@ def run(args: argparse.Namespace) -> int:
         check_writable(folder / name, "--output")
     device = common.resolve_device(args.device)
     backend, note = common.resolve_backend(args.backend, device)
-    grid = common.check_grid(args.grid)
+    grid = common.check_grid(args.grid or common.GRIDS[device.type])
     checkpoint = common.TINY_CHECKPOINT
-    model = LongCatVideoTransformer3DModel.from_pretrained(checkpoint, device=device)
+    model = LongCatVideoTransformer3DModel.from_pretrained(
+        checkpoint, torch_dtype=common.model_dtype(None, device), device=device
+    )
     policy = common.chosen_policy(args, model)
     notes = [note] if note else []
 
@@ -126,6 +128,7 @@ def denoise(
         "grid": list(grid.shape),
         "tokens": grid.num_tokens,
         "latents": list(noise.shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "steps": steps,
         "seed": seed,
         "policy": policy.to_dict(),
@@ -160,7 +163,7 @@ def as_text(result: dict[str, Any], report: Report, model: LongCatVideoTransform
         f"tiny LongCat checkpoint (random weights): {config.depth} blocks, {config.num_heads} heads of "
         f"{config.head_dim}",
         f"latents {console.shape(result['latents'])}: grid {console.shape(result['grid'])}, {result['tokens']:,} "
-        "tokens",
+        f"tokens, {result['dtype']}",
         f"{common.device_line(device)}; both sides {how}",
         *(f"note: {note}" for note in result["notes"]),
         "",
@@ -176,7 +179,7 @@ def as_text(result: dict[str, Any], report: Report, model: LongCatVideoTransform
                         (
                             f"model step, median of {result['steps']}",
                             "median_step_s",
-                            f"{result['speedup']:.2f}x faster",
+                            f"speed-up {result['speedup']:.2f}x",
                         ),
                     )
                 ),
@@ -189,7 +192,7 @@ def as_text(result: dict[str, Any], report: Report, model: LongCatVideoTransform
             ]
         ),
         "",
-        f"relative error against dense: {result['relative_error']:.4f} (latents after {result['steps']} steps), "
+        f"relative error against dense: {result['relative_error']:.4f} (latents after the last step), "
         f"{result['relative_error_first_flow']:.4f} (first predicted flow)",
     ]
     return "\n".join(lines)

@@ -14,6 +14,12 @@ EXTRAS = {
     "longcat": ("diffusers", "transformers"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
+DEVICE_FACTS = {
+    "threads": "{} threads",
+    "compute_capability": "compute capability {}",
+    "memory_gib": "{} GiB",
+    "multiprocessors": "{} multiprocessors",
+}
 # Grids to ask the kernels about: one that the tile divides, and one that it does not.
 SAMPLE_GRIDS = ((8, 8, 8), (8, 10, 12))
 SAMPLE_TILE, SAMPLE_HEAD_DIM = (4, 4, 4), 128
@@ -50,26 +56,27 @@ def attend_implementations() -> list[str]:
     return sorted(ops.attend_implementations())
 
 
-def serving(device: torch.device) -> dict[str, str]:
-    """Which implementation of the ops runs on a device, and why."""
-    name = str(device)
+def serving(device: torch.device) -> dict[str, Any]:
+    """Which implementation of the ops runs on a device, why, and on a GPU which path sample calls take."""
+    found: dict[str, Any] = {"device": str(device), "implementation": "none", "reason": "", "paths": []}
     if device.type != "cuda":
-        return {"device": name, "implementation": "vectorised PyTorch", "reason": "the device is a CPU"}
+        return {**found, "implementation": "vectorised PyTorch", "reason": "the device is a CPU"}
     if common.installed_version("triton") is None:
-        return {"device": name, "implementation": "none", "reason": "Triton is not installed"}
+        return {**found, "reason": "Triton is not installed"}
     try:
         from bsa_compile.kernels.config import forward_path
 
-        paths = []
         for grid in SAMPLE_GRIDS:
             tokens = grid[0] * grid[1] * grid[2]
             x = torch.empty(1, 8, tokens, SAMPLE_HEAD_DIM, dtype=torch.bfloat16, device=device)
             path = forward_path(x, x, x, grid, SAMPLE_TILE, SAMPLE_TILE, "raster")
-            paths.append(f"grid {console.shape(grid)}: {path.name} path ({path.reason})")
+            sample = (
+                f"bfloat16, head_dim {SAMPLE_HEAD_DIM}, tile {console.shape(SAMPLE_TILE)}, grid {console.shape(grid)}"
+            )
+            found["paths"].append({"call": sample, "path": path.name, "reason": path.reason})
     except Exception as exc:  # a broken GPU set-up is what `info` is there to show
-        return {"device": name, "implementation": "unknown", "reason": f"{type(exc).__name__}: {exc}"}
-    sample = f"bf16, head_dim {SAMPLE_HEAD_DIM}, tile {console.shape(SAMPLE_TILE)}"
-    return {"device": name, "implementation": "Triton kernels", "reason": f"{sample}; {'; '.join(paths)}"}
+        return {**found, "implementation": "unknown", "reason": f"{type(exc).__name__}: {exc}"}
+    return {**found, "implementation": "Triton kernels", "reason": "a CUDA device and Triton are here"}
 
 
 def as_text(data: dict[str, Any]) -> str:
@@ -77,10 +84,12 @@ def as_text(data: dict[str, Any]) -> str:
     lines = ["versions", console.table([(name, value or "-") for name, value in data["versions"].items()])]
     lines.append("devices")
     for device in data["devices"]:
-        about = [f"{key.replace('_', ' ')} {value}" for key, value in device.items() if key not in ("device", "name")]
+        about = [text.format(device[key]) for key, text in DEVICE_FACTS.items() if key in device]
         lines.append(f"  {device['device']}: {device['name']} ({', '.join(about)})")
     lines.append("ops (bsa::pool, bsa::select, bsa::attend)")
-    lines.extend(f"  {s['device']}: {s['implementation']} ({s['reason']})" for s in data["ops"])
+    for served in data["ops"]:
+        lines.append(f"  {served['device']}: {served['implementation']} ({served['reason']})")
+        lines.extend(f"    {path['call']}: {path['path']} path ({path['reason']})" for path in served["paths"])
     lines.append(f"attend implementations\n  {', '.join(data['attend_implementations'])}")
     lines.append("optional extras")
     rows = []

@@ -3,7 +3,7 @@
 Importing this registers them. Neither Triton nor a GPU is needed until a CUDA tensor comes.
 """
 
-from . import autograd, flops
+from . import autograd, flops  # noqa: F401  (they register what they define)
 from .anchor import attention
 from .functional import block_sparse_attention
 from .registry import attend_implementations, register_attend

@@ -147,7 +147,7 @@ def _attend(
     layout: str = "raster",
     implementation: str = "native",
 ) -> tuple[Tensor, Tensor]:
-    grids = tuple(tuple(g) for g in (grid_q, tile_q, grid_k, tile_k))
+    grids = (tuple(grid_q), tuple(tile_q), tuple(grid_k), tuple(tile_k))
     validate.check_attend(q, k, v, kv_num_blocks, kv_indices, *grids, scale, layout)
     other = registry.find_attend(implementation, q, k, v, *grids, layout)
     if other is not None:
@@ -197,7 +197,7 @@ def _attend_backward(
     layout: str = "raster",
     implementation: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grids = tuple(tuple(g) for g in (grid_q, tile_q, grid_k, tile_k))
+    grids = (tuple(grid_q), tuple(tile_q), tuple(grid_k), tuple(tile_k))
     validate.check_attend(q, k, v, kv_num_blocks, kv_indices, *grids, scale, layout)
     validate.check_gradients(q, out, lse, grad_out, grad_lse)
     backward = _find_backward(implementation, q, k, v, *grids, layout)

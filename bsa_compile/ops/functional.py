@@ -30,8 +30,8 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LongCat block sparse attention: pool, score, select, attend.
 
-    Works in eager mode, under `torch.compile(fullgraph=True)` and autograd (the selection is held fixed), and casts under
-    autocast as dense attention does; scores are computed in fp32 all the same.
+    Works in eager mode, under `torch.compile(fullgraph=True)` and autograd (the selection is held fixed). Autocast
+    casts as for dense attention; scores are computed in fp32 all the same.
 
     Args:
         q: `[B, H, Sq, D]`; D a multiple of 8 in [16, 256].
@@ -46,8 +46,8 @@ def block_sparse_attention(
         return_lse: also return the natural-log LSE.
 
     Returns:
-        `[B, H, Sq, D]` in the input dtype, laid out in memory as `[B, Sq, H, D]`; with `return_lse` also `[B, H, Sq]` in
-        fp32.
+        `[B, H, Sq, D]` in the input dtype, laid out in memory as `[B, Sq, H, D]`; with `return_lse` also `[B, H, Sq]`
+        in fp32.
 
     Raises:
         GridError: a grid or tile is malformed, or a grid does not hold as many tokens as its tensor.

@@ -78,9 +78,7 @@ def find_attend(name: str, *case: Any) -> AttendImplementation | None:
         return None
     found = _registered.get(name)
     if found is None:
-        raise UnsupportedError(
-            must("implementation", f"be one of {', '.join(attend_implementations())}", repr(name))
-        )
+        raise UnsupportedError(must("implementation", f"be one of {', '.join(attend_implementations())}", repr(name)))
     answer = True if found.supports is None else found.supports(*case)
     if answer is not True:
         why = f": {answer}" if isinstance(answer, str) else ""

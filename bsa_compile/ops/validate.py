@@ -89,9 +89,7 @@ def check_scale(scale: float | None) -> None:
 def check_criteria(sparsity: float | None, cdf_threshold: float | None) -> None:
     """At least one criterion, each within its range."""
     if sparsity is None and cdf_threshold is None:
-        raise InputError(
-            must("sparsity or cdf_threshold", "be given", "neither", "Pass for example sparsity=0.9375.")
-        )
+        raise InputError(must("sparsity or cdf_threshold", "be given", "neither", "Pass for example sparsity=0.9375."))
     check_number("sparsity", sparsity, 0, 1)
     check_number("cdf_threshold", cdf_threshold, 0, 1, low_open=True)
 
@@ -192,9 +190,7 @@ def check_attend(
     check_devices("q, kv_num_blocks and kv_indices", q, kv_num_blocks, kv_indices)
 
 
-def check_gradients(
-    q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> None:
+def check_gradients(q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> None:
     """What `bsa::attend_backward` takes beyond the arguments of `bsa::attend`."""
     for name, x, like in (("grad_out", grad_out, q), ("out", out, q), ("grad_lse", grad_lse, lse)):
         if x is not None and (x.dim() != like.dim() or any(a != b for a, b in zip(x.shape, like.shape, strict=True))):

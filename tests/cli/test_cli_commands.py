@@ -51,7 +51,7 @@ def test_demo(cli, run_dir):
     assert result.status == 0
     assert "2 of 4 attention sites block-sparse" in result.out
     assert "relative error" in result.out
-    assert "x faster" in result.out
+    assert "speed-up" in result.out
     assert_png(Path("demo_output/block_mask.png"))
     data = json.loads(Path("demo_output/report.json").read_text())
     assert data["grid"] == [5, 9, 10]

@@ -118,12 +118,11 @@ def test_wan_of_diffusers_is_found_by_its_patch_embedding(backend, monkeypatch):
     ]
     assert {(s.grid_q, s.grid_source) for s in report.rewritten} == {((4, 6, 10), "patch_embedding")}
 
-    def sdpa(q, k, v, **kwargs):
-        if q.shape[2] != k.shape[2]:
-            return true_sdpa(q, k, v, **kwargs)
-        return reference.block_sparse_attention(
-            q, k, v, grid_q=(4, 6, 10), grid_k=(4, 6, 10), tile_q=(2, 3, 4), tile_k=(2, 2, 4), sparsity=0.6
-        ).to(q.dtype)
+    def sdpa(query, key, value, **kwargs):
+        if query.shape[2] != key.shape[2]:
+            return true_sdpa(query, key, value, **kwargs)
+        grids = {"grid_q": (4, 6, 10), "grid_k": (4, 6, 10), "tile_q": (2, 3, 4), "tile_k": (2, 2, 4)}
+        return reference.block_sparse_attention(query, key, value, **grids, sparsity=0.6)[0].to(query.dtype)
 
     true_sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)

@@ -323,6 +323,17 @@ def test_bf16_is_close_to_fp32(model, io):
 
 
 @torch.no_grad()
+def test_bf16_model_rounds_the_timestep_but_not_its_embedding():
+    model, inputs = tiny_model().bfloat16(), tiny_inputs()
+    seen = []
+    model.blocks[0].adaLN_modulation.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    out = model(**inputs.kwargs(timestep=torch.tensor([401.3, 598.7])))  # 8 bits: steps of 2 and of 4
+    assert torch.equal(out, model(**inputs.kwargs(timestep=torch.tensor([402.0, 600.0]))))
+    assert seen[0].dtype == torch.float32
+    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
+@torch.no_grad()
 def test_bf16_final_layer_is_not_rounded():
     out = tiny_model().bfloat16()(**tiny_inputs().kwargs())
     assert not torch.equal(out, out.bfloat16().float())

@@ -49,6 +49,18 @@ class SelfAttention(nn.Module):
         return self.proj(out.reshape(batch, tokens, width))
 
 
+class Opaque(nn.Module):
+    """Self-attention by `nn.MultiheadAttention`."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.need_weights = False
+
+    def forward(self, x):
+        return self.mha(x, x, x, need_weights=self.need_weights)[0]
+
+
 class CrossAttention(nn.Module):
     """Attention of one sequence to another."""
 
@@ -58,8 +70,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(WIDTH, 2 * WIDTH)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k, v = (z.unflatten(-1, (HEADS, -1)).transpose(1, 2) for z in self.kv(text).chunk(2, dim=-1))
+        batch, tokens, _ = x.shape
+        q = self.q(x).view(batch, tokens, HEADS, -1).transpose(1, 2)
+        k, v = (z.reshape(batch, text.shape[1], HEADS, -1).transpose(1, 2) for z in self.kv(text).chunk(2, dim=-1))
         return F.scaled_dot_product_attention(query=q, key=k, value=v).transpose(1, 2).flatten(2)
 
 
@@ -78,6 +91,10 @@ class Block(nn.Module):
         if text is not None:
             x = x + self.cross(x, text)
         return x + self.mlp(x)
+
+
+def _call(block: nn.Module, x: Tensor, text: Tensor | None) -> Tensor:
+    return block(x) if text is None else block(x, text)
 
 
 class Video(nn.Module):
@@ -99,7 +116,8 @@ class Video(nn.Module):
     def forward(self, video: Tensor, text: Tensor | None = None) -> Tensor:
         x = self.patch(video).flatten(2).transpose(1, 2)
         for block in self.blocks:
-            x = block(x, text) if self.call is None else self.call(block, x, text)
+            call = self.call or _call
+            x = call(block, x, text)
         return x
 
 

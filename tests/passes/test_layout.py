@@ -1,4 +1,4 @@
-"""The algebra of views against brute force: claimed token ids must be the ids that the same operators give on real data."""
+"""The algebra of views against brute force: claimed token ids must be those that the operators give on real data."""
 
 from __future__ import annotations
 
@@ -88,18 +88,17 @@ def factorisations(n: int) -> list[tuple[int, ...]]:
     return [(n,), *pairs, *triples]
 
 
+KINDS = ["split", "merge", "permute", "transpose", "slice", "select", "unsqueeze", "expand", "repeat", "cat_self"]
+KINDS += ["cat_other", "chunk", "stack", "flip", "roll", "pointwise", "narrow", "strided", "unbind", "movedim", "none"]
+
+
 @st.composite
 def steps(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Step, str]:
     """One operator that fits a tensor of this shape."""
     rank = len(shape)
     dim = draw(st.integers(0, rank - 1))
     size = shape[dim]
-    kind = draw(
-        st.sampled_from(
-            ["split", "merge", "permute", "transpose", "slice", "select", "unsqueeze", "expand", "repeat", "cat_self"]
-            + ["cat_other", "chunk", "stack", "flip", "roll", "pointwise", "narrow", "strided", "unbind", "movedim", "none"]
-        )
-    )
+    kind = draw(st.sampled_from(KINDS))
     if kind == "split":
         sizes = draw(st.sampled_from(factorisations(size)))
         return (lambda x: x.unflatten(dim, sizes)), f"unflatten({dim}, {sizes})"
@@ -235,9 +234,8 @@ def test_slices_at_frames_and_back():
 
 
 def test_the_tail_of_a_concatenation_is_the_video_again():
-    state, real = trace(
-        [*SEQUENCE, lambda x: torch.cat([torch.full((2, 5, 2), OTHER), x], dim=1), lambda x: x[:, -24:]], video(), [2, 3, 4]
-    )
+    front = torch.full((2, 5, 2), OTHER)
+    state, real = trace([*SEQUENCE, lambda x: torch.cat([front, x], dim=1), lambda x: x[:, -24:]], video(), [2, 3, 4])
     assert check(state, real)
     assert Algebra(Sizes()).run(state.tokens[VIDEO], 1) == (0, 24)
 

@@ -1,0 +1,28 @@
+"""Runs this folder under Triton's interpreter when this process cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.conftest import HERE, has_cuda, is_interpreting
+
+
+@pytest.mark.slow
+def test_kernels_under_the_interpreter():
+    if has_cuda():
+        pytest.skip("the kernels' tests run here, on the GPU")
+    if is_interpreting():
+        pytest.skip("the kernels' tests run here, interpreted")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
