@@ -21,7 +21,8 @@ def empty_like_tokens(x: Tensor) -> Tensor:
 def common_alignment(*tensors: Tensor) -> int:
     """Elements in 16 bytes if every row of every tensor starts at a multiple of that from its first element, else 1."""
     elements = 16 // tensors[0].element_size()
-    return elements if all(stride % elements == 0 for x in tensors for stride in x.stride()[:3]) else 1
+    strides = (stride for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
+    return elements if all(stride % elements == 0 for stride in strides) else 1
 
 
 def needs_mask(grid: Triple, tile: Triple, block: int) -> bool:

@@ -228,8 +228,8 @@ def select(
 
     Returns:
         kv_num_blocks [B, H, Nq] int32 and kv_indices [B, H, Nq, Kmax] int32, ascending and left-packed; Kmax is
-        `count`, or Nk when there is a `cdf_threshold`. What lies beyond a row's count is not written. Equal scores go to the
-        lower index; NaN counts as -inf.
+        `count`, or Nk when there is a `cdf_threshold`. What lies beyond a row's count is not written. Equal scores go
+        to the lower index; NaN counts as -inf.
     """
     batch, heads, tiles_q, head_dim = q_pooled.shape
     heads_kv, tiles_k = k_pooled.shape[1:3]

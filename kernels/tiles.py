@@ -107,10 +107,7 @@ def load_rows(
         else:
             rows = tl.load(pointers, mask=valid[:, None] & inside, other=0.0)
     else:
-        if BLOCK_D == HEAD_DIM:
-            rows = tl.load(pointers)
-        else:
-            rows = tl.load(pointers, mask=inside, other=0.0)
+        rows = tl.load(pointers) if BLOCK_D == HEAD_DIM else tl.load(pointers, mask=inside, other=0.0)
     return rows
 
 

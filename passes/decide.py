@@ -19,8 +19,8 @@ from .match import Match
 from .modulepath import module_path, source_line, value
 from .relation import Relation, relate
 from .semantics import obstacle
-from .sequence import Found, Origin
 from .sizes import Size, Sizes, of, product, shape
+from .states import Found, Origin
 from .symbols import as_int, hint
 
 # Dense by nature or by the policy's own word: nothing that `on_unsupported="error"` should complain about.

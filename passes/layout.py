@@ -14,11 +14,11 @@ Views of all kinds then need one rule each, exact and independent of names; what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from .sizes import Size, Sizes, of, product
+from .sizes import Size, Sizes, of, product, total
 
 Factor: TypeAlias = tuple[Size, Size]
 """(size, stride): `size` positions, each `stride` tokens after the one before."""
@@ -38,22 +38,6 @@ class Layout:
 
     dims: tuple[Dim, ...]
     offset: Size = 0
-
-
-@dataclass(frozen=True)
-class Segments:
-    """A tensor that holds tokens of the origin in some stretches of one dimension, and something else in others.
-
-    Attributes:
-        dim: the dimension that was concatenated.
-        parts: length and layout of each stretch, None where the origin has no tokens.
-    """
-
-    dim: int
-    parts: tuple[tuple[Size, Layout | None], ...]
-
-
-Track: TypeAlias = Layout | Segments
 
 
 class Algebra:
@@ -193,7 +177,7 @@ class Algebra:
         if not any(self.moves(part.dims[dim]) for part in parts) and all(
             self.sizes.same(first.offset, o.offset) for o in others
         ):
-            return self._with(first, dim, self._merge([(_sum(sizes), 0)]))
+            return self._with(first, dim, self._merge([(total(sizes), 0)]))
         # A part of size 1 has no stride of its own; the others must agree on the stride and on what lies inside it.
         shaped = [part.dims[dim] for part in parts if part.dims[dim]]
         inside = shaped[0][1:] if shaped else ()
@@ -211,7 +195,7 @@ class Algebra:
             if not self.sizes.same(part.offset, expected):
                 return None
             expected = of(expected + count * stride)
-        return self._with(first, dim, self._merge([(_sum(counts), stride), *inside]))
+        return self._with(first, dim, self._merge([(total(counts), stride), *inside]))
 
     def stack(self, parts: Sequence[Layout], dim: int) -> Layout | None:
         """Stack along a new dimension `dim`."""
@@ -223,73 +207,6 @@ class Algebra:
                 return None
         dims = (*first.dims[:dim], self._merge([(len(parts), step)]), *first.dims[dim:])
         return replace(first, dims=dims)
-
-    # -- tracks: layouts and concatenations -----------------------------------------------------------------------
-
-    def coalesce(self, dim: int, parts: Sequence[tuple[Size, Layout | None]]) -> Track | None:
-        """Merge neighbouring stretches; a single one is a layout, none with tokens is None."""
-        merged: list[tuple[Size, Layout | None]] = []
-        for size, part in parts:
-            if merged:
-                last_size, last = merged[-1]
-                both = self.cat([last, part], dim) if last is not None and part is not None else None
-                if both is not None or (last is None and part is None):
-                    merged[-1] = (of(last_size + size), both)
-                    continue
-            merged.append((size, part))
-        if len(merged) == 1:
-            return merged[0][1]
-        return Segments(dim, tuple(merged))
-
-    def map(
-        self, track: Track, apply: Callable[[Layout, int | None, Size | None], Layout | None], dim: int | None = None
-    ) -> Track | None:
-        """Apply a rule to every stretch; `apply` gets (layout, dim of the stretch, its length). None if one fails.
-
-        Args:
-            dim: where the concatenated dimension ends up; unchanged by default.
-        """
-        if isinstance(track, Layout):
-            return apply(track, None, None)
-        parts: list[tuple[Size, Layout | None]] = []
-        for size, part in track.parts:
-            done = None if part is None else apply(part, track.dim, size)
-            if part is not None and done is None:
-                return None
-            parts.append((size, done))
-        return self.coalesce(track.dim if dim is None else dim, parts)
-
-    def combine(self, a: Track, b: Track) -> Track | None:
-        """The layout of a result of which a and b are both true; None where they contradict each other."""
-        if isinstance(a, Layout) and isinstance(b, Layout):
-            return a if self.equal(a, b) else None
-        if isinstance(a, Layout):
-            a, b = b, a
-        assert isinstance(a, Segments)
-        others = self.split(b, a) if isinstance(b, Layout) else b.parts
-        if others is None or (isinstance(b, Segments) and b.dim != a.dim) or len(others) != len(a.parts):
-            return None
-        parts: list[tuple[Size, Layout | None]] = []
-        for (size, x), (other_size, y) in zip(a.parts, others, strict=True):
-            if not self.sizes.same(size, other_size):
-                return None
-            both = self.combine(x, y) if x is not None and y is not None else x or y
-            if both is None and (x is not None or y is not None):
-                return None
-            parts.append((size, both))  # type: ignore[arg-type]  # two layouts combine to a layout
-        return self.coalesce(a.dim, parts)
-
-    def split(self, layout: Layout, like: Segments) -> tuple[tuple[Size, Layout | None], ...] | None:
-        """Cut a layout into the stretches of another track."""
-        start: Size = 0
-        parts = []
-        for size, _ in like.parts:
-            part = self.narrow(layout, like.dim, start, size)
-            if part is None:
-                return None
-            parts.append((size, part))
-            start = of(start + size)
-        return tuple(parts)
 
     # -- details --------------------------------------------------------------------------------------------------
 
@@ -311,10 +228,3 @@ class Algebra:
 
     def _same_dim(self, a: Dim, b: Dim) -> bool:
         return len(a) == len(b) and all(self.sizes.all_same(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _sum(values: Sequence[Size]) -> Size:
-    total: Size = 0
-    for value in values:
-        total = total + value
-    return of(total)

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from .known_models import cache_holds_frames
-from .layout import Algebra, Layout, Segments
-from .sequence import Found, Origin, State
+from .layout import Algebra, Layout
 from .sizes import Size, Sizes, of
+from .states import Found, Origin, State
+from .tracks import Segments
 
 _SUMS = ("linear", "conv", "matmul", "addmm", "bmm", "scaled_dot_product_attention", "rms_norm")
 

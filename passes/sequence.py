@@ -9,93 +9,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from .calls import Call, call_of, is_pointwise, qualified_name, schema_of
-from .layout import Algebra, Layout, Segments, Track
+from .calls import Call, call_of, is_pointwise, schema_of
+from .layout import Layout
 from .match import Match, match, written_out
-from .modulepath import source_line, value
+from .modulepath import value
 from .regions import Body, region
 from .sizes import Size, Sizes, of, product, shape
+from .states import EMPTY, Found, Origin, State, States, where
+from .tracks import Segments, Track, Tracks
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where tokens come from.
-
-    Attributes:
-        name: the node, with the path of the subgraph it is in.
-        dim: dimension of a graph input; -1 for a patch embedding.
-        extent: number of tokens.
-        grid: (T, H, W) of a patch embedding, None for an input.
-    """
-
-    name: str
-    dim: int
-    extent: Size
-    grid: tuple[Size, Size, Size] | None = None
-
-    def __str__(self) -> str:
-        return f"patch embedding {self.name}" if self.grid else f"input {self.name}, dimension {self.dim}"
-
-
-@dataclass(frozen=True)
-class State:
-    """What is known of one tensor.
-
-    Attributes:
-        tokens: origin -> where its tokens lie.
-        lost: origin -> the operator at which their order became unknown.
-        projected: whether a linear map, convolution or attention lies between the graph's inputs and this tensor.
-    """
-
-    tokens: dict[Origin, Track] = field(default_factory=dict)
-    lost: dict[Origin, str] = field(default_factory=dict)
-    projected: bool = False
-
-    @property
-    def constant(self) -> bool:
-        """Whether no origin had any influence."""
-        return not self.tokens and not self.lost
-
-
-EMPTY = State()
-States: TypeAlias = State | tuple[State, ...]
 Rule: TypeAlias = Callable[["Tracer", Call], States]
-
-
-@dataclass(frozen=True)
-class Found:
-    """An attention call and what is known of its operands.
-
-    Attributes:
-        path: names of the calls that lead to the subgraph the node is in.
-        node: the attention call.
-        match: how it was called.
-        q, k: states of the operands.
-        q_changed, k_changed: where the operand's token order last stopped being the raster order, "" if it did not.
-        sealed: whether it lies in a region that must not change.
-    """
-
-    path: tuple[str, ...]
-    node: fx.Node
-    match: Match
-    q: State
-    k: State
-    q_changed: str = ""
-    k_changed: str = ""
-    sealed: bool = False
-
-
-def where(node: fx.Node) -> str:
-    """An operator and its source line, for messages."""
-    name = str(node.target) if node.op != "call_function" else qualified_name(node.target)
-    line = source_line(node)
-    return f"{name.rpartition('::' if '::' in name else '.')[2]}" + (f" ({line})" if line else "")
 
 
 class Tracer:
@@ -123,7 +51,7 @@ class Tracer:
     ) -> None:
         self.module = module
         self.sizes = sizes
-        self.algebra = Algebra(sizes)
+        self.tracks = Tracks(sizes)
         self.rules = rules
         self.path = path
         self.sites: list[Found] = [] if sites is None else sites
@@ -251,20 +179,20 @@ class Tracer:
         for track, size in tracks:
             lead = len(out) - len(size)
             spread = [i for i in range(len(out)) if i < lead or not self.sizes.same(size[i - lead], out[i])]
-            wide.append((expand(self.algebra, track, out), spread))
+            wide.append((self.tracks.expand(track, out), spread))
         # An operand that is broadcast along the tokens of another adds the same to all: it says nothing of order.
         telling = [
             track
             for track, spread in wide
             if not any(
-                isinstance(other, Layout) and any(self.algebra.moves(other.dims[i]) for i in spread)
+                isinstance(other, Layout) and any(self.tracks.one.moves(other.dims[i]) for i in spread)
                 for other, _ in wide
                 if other is not track
             )
         ]
         result: Track | None = telling[0] if telling else None
         for track in telling[1:]:
-            result = None if result is None else self.algebra.combine(result, track)
+            result = None if result is None else self.tracks.combine(result, track)
         return result
 
     def _placeholder(self, node: fx.Node) -> State:
@@ -275,7 +203,7 @@ class Tracer:
         name = "/".join((*self.path, node.name))
         return State(
             {
-                Origin(name, dim, size): self.algebra.raster(sizes, [dim])
+                Origin(name, dim, size): self.tracks.one.raster(sizes, [dim])
                 for dim, size in enumerate(sizes)
                 if not self.sizes.same(size, 1)
             }
@@ -347,7 +275,7 @@ class Tracer:
         else:
             last = first.dim() - 1
             sizes = shape(first)
-            kept = self.each(Call(node, found.op), q, lambda t: resize(self.algebra, t, last, sizes[last]))
+            kept = self.each(Call(node, found.op), q, lambda t: self.tracks.resize(t, [last], sizes))
             lost = {o: text for o, text in (mixed.lost | kept.lost).items() if o not in kept.tokens}
             result = State(kept.tokens, lost, True)
         if not isinstance(out, (list, tuple)):
@@ -383,7 +311,7 @@ class Tracer:
             result: Track | None = track
             for other in others:
                 theirs = other.tokens.get(origin)
-                result = None if result is None or theirs is None else self.algebra.combine(result, theirs)
+                result = None if result is None or theirs is None else self.tracks.combine(result, theirs)
             if result is None:
                 lost[origin] = where(node)
             else:
@@ -426,23 +354,3 @@ def is_weight(node: fx.Node, example: torch.Tensor) -> bool:
     """Whether a placeholder is a parameter or buffer of the model: it brings no tokens."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
     return isinstance(example, torch.nn.Parameter) or static is not None
-
-
-def expand(algebra: Algebra, track: Track, out: Sequence[Size]) -> Track:
-    """Broadcast to the shape `out`."""
-    if isinstance(track, Layout):
-        return algebra.expand(track, out)
-    rank = len(next(part for _, part in track.parts if part is not None).dims)
-    dim = track.dim + len(out) - rank
-
-    def one(size: Size, part: Layout | None) -> Layout | None:
-        return None if part is None else algebra.expand(part, [*out[:dim], size, *out[dim + 1 :]])
-
-    return Segments(dim, tuple((size, one(size, part)) for size, part in track.parts))
-
-
-def resize(algebra: Algebra, track: Track, dim: int, size: Size) -> Track | None:
-    """Give a dimension without tokens another size."""
-    if isinstance(track, Segments) and track.dim == dim:
-        return None
-    return algebra.map(track, lambda layout, _, __: algebra.resize(layout, dim, size))

@@ -43,6 +43,14 @@ def product(values: Iterable[Size]) -> Size:
     return of(total)
 
 
+def total(values: Iterable[Size]) -> Size:
+    """Their sum; 0 for none."""
+    result: Size = 0
+    for value in values:
+        result = result + value
+    return of(result)
+
+
 class Sizes:
     """What is known of the sizes of one graph.
 

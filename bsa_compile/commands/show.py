@@ -19,6 +19,7 @@ from bsa_compile.grid import TokenGrid, num_tiles
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.rope import rope_tables, rotate
 from bsa_compile.policy import BSAPolicy
+from bsa_compile.report import REASONS
 
 TEXT_TOKENS = 16
 MAX_PAIRS = 1 << 28  # tile pairs of all heads; a picture has fewer pixels anyway
@@ -86,7 +87,7 @@ def save_picture(inputs: AttentionInputs, policy: BSAPolicy, module: str, title:
         is_image=inputs.grid_q[0] == 1 and inputs.role == "self",
     )
     if site.dense:
-        why = f"{site.dense} ({site.detail})" if site.detail else site.dense
+        why = REASONS[site.dense] + (f" ({site.detail})" if site.detail else "")
         raise PolicyError(must("policy", "make this site block-sparse", f"a dense one: {why}"))
     selection = select_tiles(inputs, site)
     criteria = [f"sparsity {site.sparsity:g}"] if site.sparsity is not None else []

@@ -98,6 +98,8 @@ def _define(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) ->
 
 def _pool(x: Tensor, grid: Sequence[int], tile: Sequence[int], layout: str = "raster") -> Tensor:
     validate.check_pool(x, grid, tile, layout)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
     implementation = gating.pool if x.device.type == "cpu" else launcher("pool", "pool")
     with _exact(x.device):
         return implementation(x, tuple(grid), tuple(tile), layout)

@@ -6,11 +6,9 @@ upper bound of a row that selects all Kmax = Nk tiles.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
+import importlib
+import logging
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -60,41 +58,28 @@ def attend_backward_flops(
     return attend_flops(q, k, v, *args, **kw) * 5 // 2
 
 
-def _register(flop_counter: ModuleType) -> None:
-    formulas = {
-        torch.ops.bsa.pool: pool_flops,
-        torch.ops.bsa.select: select_flops,
-        torch.ops.bsa.attend: attend_flops,
-        torch.ops.bsa.attend_backward: attend_backward_flops,
-    }
-    for op, formula in formulas.items():
-        flop_counter.register_flop_formula(op)(formula)
+FORMULAS = {
+    torch.ops.bsa.pool: pool_flops,
+    torch.ops.bsa.select: select_flops,
+    torch.ops.bsa.attend: attend_flops,
+    torch.ops.bsa.attend_backward: attend_backward_flops,
+}
 
 
-class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Registers the formulas when the flop counter is imported.
+def _quiet_flop_counter() -> ModuleType:
+    """`torch.utils.flop_counter`, without the warning that it logs on import where Triton is missing."""
+    logger = logging.getLogger(_FLOP_COUNTER)
 
-    Importing it ourselves would import Triton, which whoever imports this package may not want or have.
-    """
+    def drop(record: logging.LogRecord) -> bool:
+        return False
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _FLOP_COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    logger.addFilter(drop)
+    try:
+        return importlib.import_module(_FLOP_COUNTER)
+    finally:
+        logger.removeFilter(drop)
 
 
-if _FLOP_COUNTER in sys.modules:
-    _register(sys.modules[_FLOP_COUNTER])
-else:
-    sys.meta_path.insert(0, _RegisterOnImport())
+_flop_counter = _quiet_flop_counter()
+for _op, _formula in FORMULAS.items():
+    _flop_counter.register_flop_formula(_op)(_formula)

@@ -76,6 +76,13 @@ def test_demo_without_matplotlib(cli, run_dir, monkeypatch):
     assert [p.name for p in Path("demo_output").iterdir()] == ["report.json"]
 
 
+def test_demo_of_a_single_image_says_that_there_is_nothing_to_draw(cli, run_dir):
+    result = cli("demo", "--steps", 1, "--backend", "eager", "--grid", "1,4,4")
+    assert result.status == 0
+    assert "no picture: policy must make this site block-sparse, got a dense one: a single image" in result.out
+    assert "0 of 4 attention sites block-sparse" in result.out
+
+
 # ------------------------------------------------------------------------------------------------------------- info
 
 
@@ -211,7 +218,7 @@ def test_show_refuses_a_dense_site(cli, run_dir, tmp_path):
     path.write_text(BSAPolicy.dense().to_json())
     result = cli("show", *SMALL, "--policy", path)
     assert result.status == 2
-    assert "disabled" in result.err
+    assert "switched off" in result.err
     assert list(run_dir.iterdir()) == []
 
 

@@ -147,7 +147,7 @@ RUN = """
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 128, 16).unbind(0)
-    fast = bsa_compile.optimize(Model(), BSAPolicy(sparsity=sparsity, enabled={enabled}, chunk_3d_shape_q=(2, 2, 2)))
+    fast = bsa_compile.optimize(Model(), BSAPolicy(sparsity=sparsity, enabled={enabled}, chunk_3d_shape_q=(2, 2, 2), chunk_3d_shape_k=(2, 2, 2)))
     out = fast(q, k, v)
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     print(json.dumps([float(out.double().sum()), hits]))

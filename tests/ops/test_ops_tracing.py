@@ -116,12 +116,14 @@ def test_autocast_casts_as_dense_attention_does_and_scores_stay_fp32(compiled):
     assert_identical(pooled, CASE.pooled(q, k))
 
 
-def test_autocast_leaves_the_attend_op_alone():
+def test_autocast_leaves_the_ops_alone():
     q, k, v = CASE.qkv()
     counts, indices = CASE.selection()
-    expected = CASE.attend(q, k, v, counts, indices)
+    grad_out = torch.randn(q.shape, generator=CASE.generator())
+    expected = (*CASE.attend(q, k, v, counts, indices), *CASE.gradients(q, k, v, counts, indices, grad_out, None))
     with torch.autocast("cpu", torch.bfloat16):
-        assert_identical(CASE.attend(q, k, v, counts, indices), expected)
+        ours = (*CASE.attend(q, k, v, counts, indices), *CASE.gradients(q, k, v, counts, indices, grad_out, None))
+    assert_identical(ours, expected)
 
 
 def test_low_matmul_precision_does_not_reach_the_scores():

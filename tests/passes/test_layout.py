@@ -13,9 +13,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from bsa_compile.passes.layout import Algebra, Layout, Segments
-from bsa_compile.passes.sequence import Origin, State, Tracer
+from bsa_compile.passes.layout import Algebra, Layout
+from bsa_compile.passes.sequence import Tracer
 from bsa_compile.passes.sizes import Sizes
+from bsa_compile.passes.states import Origin, State
+from bsa_compile.passes.tracks import Segments
 from bsa_compile.passes.transfer_compute import RULES
 
 GRID = (2, 3, 4)

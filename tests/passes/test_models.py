@@ -50,7 +50,7 @@ WAN_SITES = [
 
 
 def test_wan_in_a_dynamo_graph(wan):
-    """Its attention is called with keywords only, its paths are spelt through `__dict__`, its text is as long as its video."""
+    """Its attention is called by keywords alone, its paths go through `__dict__`, its text is as long as its video."""
     recorder, inputs = Recorder(), wan_inputs()
     with torch.no_grad():
         close(recorder.run(wan, *inputs, return_dict=False)[0], wan(*inputs, return_dict=False)[0])

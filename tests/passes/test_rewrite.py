@@ -451,6 +451,34 @@ def test_a_policy_that_compares_sizes_guards_them():
     assert len(recorder.reports) == 2
 
 
+@pytest.mark.parametrize("grid", [(2, 4, 6), (3, 5, 7)], ids=["whole tiles", "partial tiles"])
+def test_tile_order_is_the_same_attention(grid):
+    model, video = Video(depth=1).eval(), latents(*grid)
+    with torch.no_grad():
+        raster = Recorder(HALF).run(model, video)
+        torch._dynamo.reset()
+        recorder = Recorder(HALF, layout="tile")
+        torch.testing.assert_close(recorder.run(model, video), raster, atol=1e-5, rtol=1e-5)
+    names = ops(recorder.after[0])
+    assert names.count("aten::permute") == 4
+    assert names.count("aten::constant_pad_nd") == (0 if grid == (2, 4, 6) else 3)
+    assert attention_of(recorder.after[0]).args[10] == "tile"
+
+
+def test_attention_over_attention():
+    """The first result is the second's operand, with nothing between."""
+
+    def attend(q, k, v):
+        q = F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    model, video = Video(SelfAttention(attend)).eval(), latents()
+    recorder = Recorder()
+    with torch.no_grad():
+        torch.testing.assert_close(recorder.run(model, video), model(video), atol=1e-5, rtol=1e-5)
+    assert count(recorder.after[0], "bsa::attend") == 2
+
+
 def test_uuid_tells_passes_apart():
     assert BlockSparseAttention(ALL).uuid() == BlockSparseAttention(ALL).uuid()
     assert BlockSparseAttention(ALL).uuid() != BlockSparseAttention(HALF).uuid()

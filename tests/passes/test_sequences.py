@@ -350,6 +350,24 @@ def test_a_class_whose_cache_holds_frames(monkeypatch, tokens, reason):
         assert (site.role, site.grid_q, site.grid_k) == ("cached", (4, 4, 6), (4 + tokens // 24, 4, 6))
 
 
+def test_queries_padded_like_the_keys_and_cut_off(monkeypatch):
+    """The public LongCat code rotates queries behind an empty cache, and takes the last of them."""
+
+    class Padded(SelfAttention):
+        def forward(self, x, keys):
+            n = x.shape[1]
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            k, v = (torch.cat([keys, z], dim=2).contiguous() for z in (k, v))
+            q = torch.cat([torch.empty_like(keys), q], dim=2).contiguous()
+            cos = torch.arange(float(q.shape[2])).cos()[:, None]
+            q, k = (torch.stack((z[..., 0::2] * cos, z[..., 1::2] * cos), dim=-1).flatten(-2) for z in (q, k))
+            return self.proj(self.attend(q[:, :, -n:].contiguous(), k, v).transpose(1, 2).reshape(x.shape))
+
+    monkeypatch.setattr("bsa_compile.passes.known_models._CACHED_FRAMES", ("Padded",))
+    (site,) = report_of(Video(Padded()), latents(), torch.randn(1, HEADS, 24, 16)).sites
+    assert (site.role, site.reason, site.grid_q, site.grid_k) == ("cached", "rewritten", (4, 4, 6), (5, 4, 6))
+
+
 # -- graphs that begin after the patch embedding ----------------------------------------------------------------------
 
 

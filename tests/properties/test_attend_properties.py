@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -236,23 +237,44 @@ def test_one_vector_added_to_all_keys_moves_only_the_lse(case):
     torch.testing.assert_close(shifted_lse, lse + (q @ shift) * case.scale, rtol=1e-4, atol=2e-5)
 
 
-@settings(max_examples=25)
-@given(cases(), st.sampled_from(["CHUNK_BYTES", "MAX_BYTES", "MAX_POSITIONS", "all"]))
-def test_small_limits_on_memory_change_only_rounding(case, which):
+@pytest.mark.parametrize(
+    "limits",
+    [{"CHUNK_BYTES": 1}, {"MAX_BYTES": 2000}, {"MAX_POSITIONS": 3}, {"MAX_BYTES": 2000, "MAX_POSITIONS": 3}],
+    ids=lambda limits: "+".join(limits),
+)
+@settings(max_examples=12)
+@given(case=cases())
+@example(case=Case(grid_k=(3, 4, 5), tile_k=(2, 3, 2)))
+def test_small_limits_on_memory_change_only_rounding(limits, case):
     # Forces chunks of one row, lists cut into parts merged by LSE, and query tiles cut into parts.
     q, k, v = case.qkv()
     counts, indices = case.selection()
     grads = gradients_wanted(case)
     whole = (*case.attend(q, k, v, counts, indices), *case.gradients(q, k, v, counts, indices, *grads))
-    limits = {"CHUNK_BYTES": 1, "MAX_BYTES": 2000, "MAX_POSITIONS": 3}
-    saved = {name: getattr(cpu, name) for name in limits}
-    try:
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in limits.items():
-            if which in (name, "all"):
-                setattr(cpu, name, value)
+            patch.setattr(cpu, name, value)
         cut = (*case.attend(q, k, v, counts, indices), *case.gradients(q, k, v, counts, indices, *grads))
-    finally:
-        for name, value in saved.items():
-            setattr(cpu, name, value)
     for name, a, b in zip(NAMES, cut, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@few
+@given(cases(), st.integers(0, 2**10))
+def test_a_bad_query_spoils_only_the_gradients_of_what_it_attends_to(case, where):
+    q, k, v = case.qkv()
+    counts, indices = case.selection()
+    grads = gradients_wanted(case)
+    before = case.gradients(q, k, v, counts, indices, *grads)
+    table, q_table = case.table("k"), case.table("q")
+    tile, position = (q_table >= 0).nonzero()[where % int((q_table >= 0).sum())].tolist()
+    b, h, token = where % case.batch, where % case.heads, int(q_table[tile, position])
+    q[b, h, token] = math.nan
+    after = case.gradients(q, k, v, counts, indices, *grads)
+    attended = table[unpack(counts, indices, case.num_k)[b, h, tile]]
+    touched_k = torch.zeros(case.batch, case.heads_kv, case.tokens("k"), dtype=torch.bool)
+    touched_k[b, h // (case.heads // case.heads_kv), attended[attended >= 0]] = True
+    touched_q = torch.zeros(case.batch, case.heads, case.tokens("q"), dtype=torch.bool)
+    touched_q[b, h, token] = True
+    for a, b_, touched in zip(before, after, (touched_q, touched_k, touched_k), strict=True):
+        assert torch.equal(a[~touched], b_[~touched])

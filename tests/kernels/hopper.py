@@ -1,0 +1,111 @@
+"""Compiles the launchers' kernels for an H100 on a machine without one and prints their resources as JSON.
+
+`python -m tests.kernels.hopper`, in a process whose Triton is not interpreting. Triton asks its driver for the target;
+this driver says sm_90, and every launch stops after compilation. The tensors are on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from bsa_compile.kernels import config
+from bsa_compile.kernels.attend_backward import attend_backward
+from bsa_compile.kernels.attend_forward import attend_forward
+from bsa_compile.kernels.config import Triple
+from bsa_compile.kernels.pool import pool
+from bsa_compile.kernels.select import select
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+compiled: list[tuple[str, Any]] = []
+
+
+class Hopper:
+    """Stands in for Triton's CUDA driver."""
+
+    launcher_cls = utils = None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def only_compile() -> None:
+    """From here on a launch compiles its kernel, notes it in `compiled`, and runs nothing."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(Hopper())
+    JITFunction.run = compile_only
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, stack (spills), shared memory and the instructions that tell which path it is."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+    }
+
+
+def compile_all(
+    grid: Triple,
+    tile: Triple,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "raster",
+    path: str | None = None,
+    fused: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Resources of every kernel of one call, forward and backward, by name."""
+    compiled.clear()
+    heads, tiles = 8, config.num_tiles(grid, tile)
+    tokens = tiles * config.volume(tile) if layout == "tile" else config.volume(grid)
+    q = torch.empty(1, heads, tokens, head_dim, dtype=dtype, device="meta")
+    if fused:
+        q = torch.empty(1, tokens, 3, heads, head_dim, dtype=dtype, device="meta")[:, :, 0].transpose(1, 2)
+    pooled = pool(q, grid, tile, layout)
+    counts, lists = select(pooled, pooled, max(1, tiles // 16), None, head_dim**-0.5)
+    tail = (grid, tile, grid, tile, head_dim**-0.5, layout)
+    out, lse = attend_forward(q, q, q, counts, lists, *tail, path=path)
+    attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
+    return {name: resources(kernel) for name, kernel in compiled}
+
+
+PRODUCTION: dict[str, dict[str, Any]] = {
+    "24x44x80": {"grid": (24, 44, 80), "tile": (4, 4, 4)},
+    "24x45x80, fused qkv": {"grid": (24, 45, 80), "tile": (4, 4, 4), "fused": True},
+    "24x44x80 by pointers": {"grid": (24, 44, 80), "tile": (4, 4, 4), "path": "pointer"},
+}
+
+if __name__ == "__main__":
+    only_compile()
+    print(json.dumps({name: compile_all(**options) for name, options in PRODUCTION.items()}))

@@ -1,0 +1,60 @@
+"""The kernels compile for an H100 without one: tensor cores and boxes where they should be, and no spills."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def cuobjdump() -> Path:
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.fixture(scope="module")
+def resources():
+    if not cuobjdump().exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.hopper"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_production_kernels_do_not_spill(resources):
+    for case, kernels in resources.items():
+        for name, used in kernels.items():
+            assert used["stack"] == 0, (case, name, used)
+
+
+@pytest.mark.slow
+def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
+    for case, kernels in resources.items():
+        for name in ("_attend_forward", "_backward_q", "_backward_k"):
+            assert kernels[name]["wgmma"] > 0, (case, name)
+            assert (kernels[name]["tma"] > 0) == ("pointers" not in case), (case, name)
+
+
+@pytest.mark.slow
+def test_three_programs_of_the_forward_share_a_multiprocessor(resources):
+    used = resources["24x44x80"]["_attend_forward"]
+    assert used["warps"] == 4
+    assert used["registers"] <= 168
+    assert 3 * (used["shared"] + 1024) <= 227 * 1024
