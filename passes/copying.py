@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,7 +19,7 @@ def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx
     graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
     copied = graph.graph_copy(module.graph, nodes, return_output_node=True)
     if copied is not None:
-        value, old = copied  # type: ignore[misc]
+        value, old = cast(tuple[Any, fx.Node], copied)
         new = graph.output(value, type_expr=old.type)
         new.meta = copy.copy(old.meta)
         nodes[old] = new

@@ -59,7 +59,7 @@ class Emitter:
         tile_q, tile_k = list(policy.chunk_3d_shape_q), list(policy.chunk_3d_shape_k)
         q, k, v = (self._operand(self._copied(x), example.dtype) for x in (match.q, match.k, match.v))
         scale = float(match.scale) if match.scale is not None else value(q).shape[3] ** -0.5
-        # Padding by symbolic amounts cannot be traced (aten.constant_pad_nd wants ints), so symbolic grids stay as they are.
+        # Padding by symbolic amounts cannot be traced (aten.constant_pad_nd wants ints): such grids keep their order.
         layout = self.layout if all(isinstance(g, int) for g in (*grid_q, *grid_k)) else "raster"
         if layout == "tile":
             q = tiles.enter(self._call, q, grid_q, tile_q)

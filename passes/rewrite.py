@@ -118,14 +118,16 @@ class BlockSparseAttention:
 
     def __call__(self, graph: Graph) -> tuple[Graph, Report]:
         """Rewrite a graph; see `rewrite`."""
-        if isinstance(graph, torch.export.ExportedProgram):
-            signature = graph.graph_signature
-            weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-            module, report = self._run(graph.graph_module, frozenset(weights))
-            if module is graph.graph_module:
-                return graph, report
-            return graph._update(module, signature), report
-        return self._run(graph, _weights_by_name(graph))
+        if isinstance(graph, fx.GraphModule):
+            return self._run(graph, _weights_by_name(graph))
+        return self._program(graph)
+
+    def _program(self, program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, Report]:
+        signature = program.graph_signature
+        weights = frozenset({*signature.inputs_to_parameters, *signature.inputs_to_buffers})
+        module, report = self._run(program.graph_module, weights)
+        # Outputs keep their names, so the signature holds for the new graph too.
+        return program if module is program.graph_module else program._update(module, signature), report
 
     def _run(self, module: fx.GraphModule, weights: frozenset[str]) -> tuple[fx.GraphModule, Report]:
         mode = fake_mode(module)

@@ -17,7 +17,7 @@ Size: TypeAlias = Any
 """`int` or `sympy.Expr`."""
 
 
-def of(value: Any) -> Size | None:
+def of(value: Any) -> Size:
     """The size that an `int`, a `SymInt` or an expression stands for; None for anything else."""
     if isinstance(value, bool):
         return None

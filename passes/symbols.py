@@ -104,7 +104,7 @@ def symints(module: fx.GraphModule) -> dict[sympy.Symbol, torch.SymInt]:
     return found
 
 
-def as_int(size: Size, known: dict[sympy.Symbol, torch.SymInt]) -> int | torch.SymInt:
+def as_int(size: Size, known: dict[sympy.Symbol, torch.SymInt]) -> Any:
     """`size` as an int or `SymInt`; comparing the latter adds a guard."""
     return size if isinstance(size, int) else sympy_interp(PythonReferenceAnalysis, known, size)
 

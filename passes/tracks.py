@@ -207,9 +207,8 @@ class Tracks:
         if len(layouts) == len(tracks):
             return self.one.stack(layouts, dim)
         first, *others = (track for track in tracks if isinstance(track, Segments))
-        if len(others) + 1 != len(tracks) or any(
-            o.dim != first.dim or len(o.parts) != len(first.parts) for o in others
-        ):
+        unlike = any(o.dim != first.dim or len(o.parts) != len(first.parts) for o in others)
+        if unlike or len(others) + 1 != len(tracks):
             return None
         parts: list[Stretch] = []
         for stretches in zip(*(track.parts for track in (first, *others)), strict=True):

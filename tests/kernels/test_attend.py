@@ -261,6 +261,14 @@ def test_every_tail_entry_is_poison_and_results_repeat_bit_for_bit(device):
     assert_identical(*results)
 
 
+@pytest.mark.parametrize("path", [None, "pointer"], ids=["box", "pointer"])
+def test_scores_far_below_zero_in_partial_tiles(path, device):
+    """exp(0 - lse) of a position without a key overflows, and must not meet its zeros."""
+    case = SMALL.but(grid_q=(2, 3, 5), grid_k=(2, 3, 5), dtype=torch.float16, heads=1)
+    q, k, v = case.qkv(std=0.1)
+    check(case, device, (q + 4, k - 8, v), path=path)
+
+
 def test_large_activations_keep_exact_gradients(device):
     """Scores near the limit of fp16: the scale must not be applied to a rounded k."""
     case = SMALL.but(dtype=torch.bfloat16, heads=1)

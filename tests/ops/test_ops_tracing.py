@@ -246,7 +246,9 @@ def test_flex_attention_with_the_same_block_mask_computes_the_same(criteria):
     flex = flex_attention(*tiled, block_mask=mask, scale=case.scale, enable_gqa=True)
     flex = from_tiles(flex.unflatten(2, (-1, tile_volume(case.tile_q))), *case.grids[:2])
     out, _ = case.attend(q, k, v, counts, indices)
-    assert_close(out, flex, reference.attend(q, k, v, counts, indices, *case.tail)[0])
+    truth, _ = reference.attend(q, k, v, counts, indices, *case.tail)
+    assert_close(flex, None, truth, "flex_attention")
+    assert_close(out, None, truth, "ours")
     # The transposed lists are those of FlexAttention's backward.
     dense = selection.transposed()
     assert torch.equal(dense.kv_num_blocks, mask.full_q_num_blocks if mask.q_num_blocks is None else mask.q_num_blocks)

@@ -63,16 +63,16 @@ def fake(monkeypatch, name, source):
 
 def check(attend, bshd=True):
     """Rewritten and right."""
-    model, video = Video(Block(SelfAttention(attend, bshd=bshd))).eval(), latents()
+    model, video = Video(SelfAttention(attend, bshd=bshd)).eval(), latents()
     recorder = Recorder()
     with torch.no_grad():
         torch.testing.assert_close(recorder.run(model, video), model(video), atol=1e-5, rtol=1e-5)
-    assert outcomes(recorder.reports[0]) == [("blocks.0.attn", "self", "rewritten")]
+    assert outcomes(recorder.reports[0]) == [("blocks.0", "self", "rewritten")]
     return recorder.after[0]
 
 
 def refused(attend):
-    model = Video(Block(SelfAttention(attend, bshd=True)))
+    model = Video(SelfAttention(attend, bshd=True))
     before = capture(model, latents())
     after, report = rewrite(before, ALL)
     assert after is before

@@ -22,8 +22,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("strict", "dynamic"), [(True, False), (False, True)], ids=["strict", "dynamic"])
 def test_rewritten_and_still_runnable(strict, dynamic):
     model, video, text = Video().eval(), latents(3, 4, 6), text_of(72)
     with torch.no_grad():
@@ -102,15 +101,14 @@ def test_after_decomposition_it_is_too_late_and_said_so():
     assert "run_decompositions" in report.sites[0].detail
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_regions(strict):
+def test_regions():
     def call(block, x, text):
         with torch.autocast("cpu", torch.bfloat16):
             return block(x).float()
 
     model, video = Video(depth=1, call=call).eval(), latents()
     with torch.no_grad():
-        program = export(model, (video,), strict=strict)
+        program = export(model, (video,))
         assert any("wrap_with_autocast" in name for name in ops(program.graph_module))
         after, report = rewrite(program, ALL)
         assert outcomes(report) == [("blocks.0.attn", "self", "rewritten")]

@@ -152,7 +152,7 @@ def test_other_orders_are_not_the_raster_order(order, named):
         def forward(self, video):
             return self.blocks[0](order(self.patch(video).flatten(2).transpose(1, 2)))
 
-    report = report_of(Reordered(depth=1), latents())
+    report = report_of(Reordered(SelfAttention()), latents())
     (site,) = report.sites
     assert site.reason == "unknown_grid"
     if named != "frame":
@@ -217,7 +217,7 @@ def test_writing_into_a_tensor(value):
                 y[:, :7] = 0.0
             return self.blocks[0](y)
 
-    report = report_of(Writing(depth=1), latents(), text_of(7))
+    report = report_of(Writing(SelfAttention()), latents(), text_of(7))
     (site,) = report.sites
     assert site.reason == ("unknown_grid" if value == "text" else "rewritten")
     if value == "text":
