@@ -21,7 +21,7 @@ from .context import latent_grid, step  # noqa: E402
 from .errors import BSACompileError  # noqa: E402
 from .grid import TokenGrid  # noqa: E402
 from .ops import attention, block_sparse_attention, register_attend  # noqa: E402
-from .passes import rewrite  # noqa: E402
+from .passes.rewrite import rewrite  # noqa: E402
 from .policy import BSAPolicy, Rule  # noqa: E402
 from .report import Report, Site  # noqa: E402
 from .selection import BlockSelection  # noqa: E402

@@ -81,7 +81,7 @@ class OfficialLongCatAdapter(Adapter):
             elif self._is_official(module, "MultiHeadCrossAttention"):
                 module._process_cross_attn = functools.partial(_official_cross_attention, module)  # type: ignore
             if hasattr(module, "enable_bsa"):
-                module.enable_bsa = False  # its own BSA would run instead of the function above
+                module.enable_bsa = False  # type: ignore[assignment]  # its own BSA would run instead of the function above
 
     def before_call(self, tree: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         names = (

@@ -269,7 +269,7 @@ def optimize(
         raise UsageError(must("model", "not be optimized already", type(model).__name__, "Use its set_policy."))
     if policy is not None and not isinstance(policy, BSAPolicy):
         raise PolicyError(must("policy", "be a BSAPolicy", type(policy).__name__))
-    backend_options = {
+    backend_options: dict[str, Any] = {
         "grid": None if grid is None else TokenGrid.of(grid),
         "mode": mode,
         "options": options,

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from .errors import PolicyError, UsageError, must
 from .grid import TokenGrid
-from .passes import rewrite
+from .passes.rewrite import rewrite
 from .policy import BSAPolicy
 from .report import Report
 
@@ -109,7 +109,7 @@ class BSABackend:
         for site in report.sites:
             log.debug("%s [%s]: %s", site.module or "<root>", site.role, site.outcome)
         tag = ".".join([torch.compiler.config.cache_key_tag, "bsa", source_digest(), self.policy.digest])
-        with torch.compiler.config.patch(cache_key_tag=tag):
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return self._inner(rewritten, example_inputs)
 
     def get_compiler_config(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,11 +89,8 @@ class Site:
     @property
     def dense_flops(self) -> int | None:
         """Multiply-adds count two: QK^T and PV over all pairs of tokens, forward only."""
-        sizes = (self.batch, self.heads, self.tokens_q, self.tokens_k, self.head_dim)
-        if not all(isinstance(v, int) for v in sizes):
-            return None
-        b, h, s_q, s_k, d = sizes
-        return 4 * b * h * s_q * s_k * d  # type: ignore[operator]
+        sizes: list[Any] = [self.batch, self.heads, self.tokens_q, self.tokens_k, self.head_dim]
+        return 4 * math.prod(sizes) if all(isinstance(v, int) for v in sizes) else None
 
     @property
     def flops(self) -> int | None:
@@ -101,12 +99,11 @@ class Site:
             return self.dense_flops
         if self.effective_sparsity is None:
             return None
-        n_q, n_k = num_tiles(self.grid_q, self.tile_q), num_tiles(self.grid_k, self.tile_k)  # type: ignore[arg-type]
-        kept = keep_count(n_k, self.sparsity)  # type: ignore[arg-type]
-        b, h, d = self.batch, self.heads, self.head_dim
-        attend = 4 * num_tokens(self.grid_q) * min(kept * tile_volume(self.tile_k), num_tokens(self.grid_k)) * d  # type: ignore
-        score = 2 * n_q * n_k * d  # type: ignore[operator]
-        return b * h * (attend + score)  # type: ignore[operator]
+        known: Any = self  # `effective_sparsity` is there, so every size below is an int
+        n_q, n_k = num_tiles(known.grid_q, known.tile_q), num_tiles(known.grid_k, known.tile_k)
+        keys = min(keep_count(n_k, known.sparsity) * tile_volume(known.tile_k), num_tokens(known.grid_k))
+        per_channel = 4 * num_tokens(known.grid_q) * keys + 2 * n_q * n_k
+        return known.batch * known.heads * known.head_dim * per_channel
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object, derived figures included."""

@@ -172,11 +172,11 @@ def attend_forward(
     launch, boxes = chosen.launch, chosen.name == "box"
     out = empty_like_tokens(q)
     lse = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)
-    (k_src, access_k), (v_src, access_v) = operands((k, v), grid_k, tile_k, layout, launch.block_k, boxes)
-    (q_src, access_q), (out_dst, access_out) = operands((q, out), grid_q, tile_q, layout, launch.block_q, boxes)
     tiles_q = config.num_tiles(grid_q, tile_q)
     programs = batch * heads * tiles_q * triton.cdiv(config.volume(tile_q), launch.block_q)
     if programs:
+        (k_src, access_k), (v_src, access_v) = operands((k, v), grid_k, tile_k, layout, launch.block_k, boxes)
+        (q_src, access_q), (out_dst, access_out) = operands((q, out), grid_q, tile_q, layout, launch.block_q, boxes)
         _attend_forward[(programs,)](
             q_src, k_src, v_src, out_dst, lse, kv_num_blocks.contiguous(), kv_indices.contiguous(), float(scale),
             q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],

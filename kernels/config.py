@@ -121,8 +121,9 @@ def forward_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.dty
     block_k = _block(volume_k, 64 if boxes or head_dim <= 128 else 32)
     warps = 8 if block_q == 128 or head_dim > 128 else 4
     if boxes:
-        # 168 registers let three programs of four warps share a multiprocessor: they hide each other's waits.
-        return Launch(block_q, block_k, warps, 1, 168 if warps == 4 and head_dim > 64 else None)
+        # 168 registers let three programs of four warps share a multiprocessor: they hide each other's waits. H100,
+        # triton 3.6, 64x64, head_dim 128: 4.29 ms with two stages, 4.65 with one, 4.60 with two and no cap.
+        return Launch(block_q, block_k, warps, *((2, 168) if warps == 4 and head_dim > 64 else (1, None)))
     return Launch(block_q, block_k, warps, 1 if head_dim > 128 else 2)
 
 
@@ -132,7 +133,8 @@ def backward_q_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.
         return Launch(_block(volume_q, 32), _block(volume_k, 32), 8, 2)
     if head_dim > 128:
         return Launch(_block(volume_q, 64 if boxes else 32), _block(volume_k, 32), 8, 1)
-    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4, 1)
+    # H100, triton 3.6, head_dim 128: two stages take 0.8 ms off the backward.
+    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4, 2 if boxes and head_dim > 64 else 1)
 
 
 def backward_k_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.dtype, boxes: bool) -> Launch:
@@ -141,7 +143,9 @@ def backward_k_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.
         return Launch(_block(volume_q, 32 if head_dim <= 128 else 16), _block(volume_k, 32), 8, 2)
     if head_dim > 128:
         return Launch(_block(volume_q, 32), _block(volume_k, 32), 8, 1)
-    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4 if boxes or head_dim <= 64 else 8, 1)
+    # H100, triton 3.6, head_dim 128: the backward takes 13.9 ms with 4 warps and two stages, 15.7 with one, 27 with 8.
+    stages = 2 if boxes and head_dim > 64 else 1
+    return Launch(_block(volume_q, 64), _block(volume_k, 64), 4 if boxes or head_dim <= 64 else 8, stages)
 
 
 SELECT_BLOCK = 8192  # columns of a score row that one program keeps in registers
@@ -180,6 +184,8 @@ def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -
         stride_b = heads * stride_h
     heads_merge = heads == 1 or stride_b == heads * stride_h
     whole_frames = frames % tile[0] == 0 or batch * heads == 1
+    leading: tuple[int, ...]
+    strides: tuple[int, ...]
     if whole_frames and heads_merge and stride_h == per_batch:
         access, leading, strides = BOX_MERGED, (batch * heads * frames,), ()
     elif heads_merge:
@@ -199,7 +205,7 @@ def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -
         return "a stride is 0 or too large"
     tw = min(tile[2], block)
     th = min(tile[1], block // tw)
-    box = (block // (tw * th), th, tw, head_dim)
+    box: tuple[int, ...] = (block // (tw * th), th, tw, head_dim)
     if access != BOX_MERGED:
         box = (1, *box)
     return BoxPlan(access, (*leading, height, width, head_dim), (*strides, 1), box)

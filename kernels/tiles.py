@@ -133,9 +133,9 @@ def box_coordinates(
     if ACCESS == BOX_MERGED:
         coordinates = (batch * heads + head) * frames + t, h, w, 0
     elif ACCESS == BOX_HEADS:
-        coordinates = batch * heads + head, t, h, w, 0
+        coordinates = batch * heads + head, t, h, w, 0  # type: ignore[assignment]
     else:
-        coordinates = head, batch * frames + t, h, w, 0
+        coordinates = head, batch * frames + t, h, w, 0  # type: ignore[assignment]
     return coordinates
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 _ALIASES = {
     "truediv": "div",
@@ -100,6 +100,25 @@ def schema_of(target: Any) -> torch.FunctionSchema | None:
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Linear,), "linear"),
+    ((nn.Conv1d,), "conv1d"),
+    ((nn.Conv2d,), "conv2d"),
+    ((nn.Conv3d,), "conv3d"),
+    ((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), "layer_norm"),
+    ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity), "dropout"),
+    ((nn.Embedding,), "embedding"),
+    ((nn.Flatten, nn.Unflatten), "view"),
+    ((nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Mish, nn.LeakyReLU, nn.ELU, nn.Softmax), "softmax"),
+)
+
+
+def module_call(node: fx.Node, module: nn.Module) -> Call | None:
+    """A `call_module` of a module of `torch.nn` as the operator that does the same to positions."""
+    name = next((name for kinds, name in _MODULES if type(module) in kinds), None)
+    return None if name is None else Call(node, name)
+
+
 def call_of(node: fx.Node) -> Call | None:
     """The node as a call of an operator of torch or Python; None for functions of other libraries."""
     if node.op == "call_method":
@@ -115,6 +134,8 @@ def call_of(node: fx.Node) -> Call | None:
         inplace = base[:1] == "i" and hasattr(torch.Tensor, f"__{base}__") and base not in ("inv", "invert", "index")
         call = _named(node, base[1:] if inplace else base)
         return Call(node, call.name, inplace) if inplace else call
+    if module.split(".")[0] == "einops":
+        return _named(node, base) if base == "rearrange" else None
     if module == "builtins" or module == "torch" or module.startswith("torch."):
         return _named(node, base)
     return None

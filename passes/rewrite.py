@@ -116,7 +116,7 @@ class BlockSparseAttention:
         """What the result depends on besides the graph."""
         return (self.policy.digest, self.given, self.step, self.module_prefix, self.layout)
 
-    def __call__(self, graph: Graph) -> tuple[Graph, Report]:
+    def __call__(self, graph: Any) -> tuple[Any, Report]:
         """Rewrite a graph; see `rewrite`."""
         if isinstance(graph, fx.GraphModule):
             return self._run(graph, _weights_by_name(graph))
@@ -156,7 +156,9 @@ class BlockSparseAttention:
         for decision in decisions:
             node, lowering = decision.found.node, decision.lowering
             if lowering is not None:
-                known = symbols.setdefault(node.graph, Symbols(node.graph))
+                if node.graph not in symbols:
+                    symbols[node.graph] = Symbols(node.graph)
+                known = symbols[node.graph]
                 if not all(known.reachable(size, node) for size in (*lowering.grid_q, *lowering.grid_k)):
                     decision = decision.dense("unknown_grid", "its symbolic sizes do not reach this subgraph")
             result.append(decision)

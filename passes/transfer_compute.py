@@ -16,6 +16,7 @@ from .sizes import Size, product, shape
 from .states import Origin, State, States
 from .tracks import Segments, Track, rank
 from .tracks import shape as track_shape
+from .transfer_einops import RULES as EINOPS
 from .transfer_slices import RULES as SLICES
 from .transfer_slices import index
 from .transfer_views import RULES as VIEWS
@@ -249,4 +250,4 @@ _BY_RULE: dict[Rule, str] = {
     setitem: "setitem",
     copy: "copy",
 }
-RULES: dict[str, Rule] = VIEWS | SLICES | {name: r for r, names in _BY_RULE.items() for name in names.split()}
+RULES: dict[str, Rule] = VIEWS | SLICES | EINOPS | {name: r for r, names in _BY_RULE.items() for name in names.split()}

@@ -79,7 +79,8 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the arguments of dense attention: to its dtype, fp64 excepted."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # `torch.amp.is_autocast_available` would say this, but Dynamo cannot trace it before torch 2.12.
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

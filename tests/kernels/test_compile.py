@@ -47,7 +47,7 @@ def test_production_kernels_do_not_spill(resources):
 @pytest.mark.slow
 def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
     for case, kernels in resources.items():
-        for name in ("_attend_forward", "_backward_q", "_backward_k"):
+        for name in ("_attend_forward", "backward_q_kernel", "backward_k_kernel"):
             assert kernels[name]["wgmma"] > 0, (case, name)
             assert (kernels[name]["tma"] > 0) == ("pointers" not in case), (case, name)
 

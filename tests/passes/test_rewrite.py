@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_compile.passes import BlockSparseAttention, rewrite
@@ -348,6 +348,28 @@ def test_gradients_through_a_checkpointed_block():
     model.zero_grad()
     model(video).square().mean().backward()
     torch.testing.assert_close(got, model.blocks[0].attn.qkv.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_graph_module_called_as_a_module():
+    inner = capture(Video(depth=1), latents())
+    graph = fx.Graph()
+    inputs = []
+    for node in inner.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(graph.placeholder(node.name))
+            inputs[-1].meta = node.meta.copy()
+    call = graph.call_module("part.inner", tuple(inputs))
+    call.meta["example_value"] = tuple(n.meta["example_value"] for n in next(iter(reversed(inner.graph.nodes))).args[0])
+    graph.output(call)
+    root = nn.Module()
+    root.part = nn.Module()
+    root.part.inner = inner
+    outer = fx.GraphModule(root, graph)
+    after, report = rewrite(outer, ALL)
+    assert outcomes(report) == [("blocks.0.attn", "self", "rewritten")]
+    assert count(after, "bsa::attend") == 1
+    assert after.get_submodule("part.inner") is not outer.get_submodule("part.inner")
+    assert count(outer, "bsa::attend") == 0
 
 
 def test_branches():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from bsa_compile.passes import rewrite
 from bsa_compile.policy import BSAPolicy
@@ -234,6 +239,59 @@ def test_writing_through_a_view_reaches_the_whole_tensor():
     (site,) = report_of(Writing(depth=1), latents(), text_of(7)).sites
     assert site.reason == "unknown_grid"
     assert "copy_" in site.detail
+
+
+def test_einops_as_one_node(monkeypatch):
+    """As einops before 0.8.2 appears in Dynamo graphs."""
+    einops = types.ModuleType("einops.einops")
+    source = """
+def rearrange(tensor, pattern, **axes_lengths):
+    if pattern == "b c t h w -> b (t h w) c":
+        return tensor.flatten(2).transpose(1, 2)
+    return tensor.view(1, 4, 2, 2, 6, -1).transpose(1, 2).reshape(2, 48, -1)
+"""
+    exec(source, einops.__dict__)
+    torch._dynamo.allow_in_graph(einops.rearrange)
+    for name in ("einops", "einops.einops"):
+        monkeypatch.setitem(sys.modules, name, einops)
+
+    class Rearranged(Video):
+        def forward(self, video):
+            x = self.blocks[0](einops.rearrange(self.patch(video), "b c t h w -> b (t h w) c"))
+            return self.blocks[1](einops.rearrange(x, "b (t n h w) c -> (b n) (t h w) c", t=4, n=2, w=6))
+
+    first, second = report_of(Rearranged(SelfAttention(), SelfAttention()), latents()).sites
+    assert first.reason == "rewritten"
+    assert (second.reason, "lost at rearrange" in second.detail) == ("unknown_grid", True)
+
+
+def test_leaf_modules():
+    """`fx.symbolic_trace` keeps modules of torch.nn as nodes of their own."""
+    video = latents()
+    graph = fx.symbolic_trace(Plain())
+    with torch.no_grad():
+        FakeTensorProp(graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(video)
+    after, report = rewrite(graph, ALL)
+    assert [(s.role, s.reason, s.grid_q) for s in report.sites] == [("self", "rewritten", (4, 4, 6))]
+    assert {n.target for n in after.graph.nodes if n.op == "call_module"} == {"patch", "norm", "qkv", "mix", "proj"}
+    with torch.no_grad():
+        torch.testing.assert_close(after(video), graph(video), atol=1e-5, rtol=1e-5)
+
+
+class Plain(nn.Module):
+    """One block without control flow or sizes read."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.norm, self.mix = nn.LayerNorm(WIDTH), nn.SiLU()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, video):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        qkv = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (qkv[i].unflatten(-1, (HEADS, 16)).transpose(1, 2) for i in range(3))
+        return x + self.proj(self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
 
 
 # -- parts of the video -----------------------------------------------------------------------------------------------
