@@ -5,7 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?=
+# One worker per core, each with one thread: the tests are many and small.
+PYTEST_ARGS ?= -n auto
 
 .PHONY: help demo test lint typecheck format clean
 
@@ -24,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/python -m bsa_compile demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

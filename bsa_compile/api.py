@@ -250,7 +250,7 @@ def optimize(
         mode, options, dynamic: as in `torch.compile`.
         backend: `inductor`, `eager`, or another Dynamo backend that compiles the rewritten graph.
         regional: compile the model's repeated blocks one by one (equal blocks compile once) instead of the whole
-            model; by default where the model is known to carry its grid into every block.
+            model; by default where the model is known to carry its grid into every block, and not with CUDA graphs.
         fullgraph: as in `torch.compile`.
 
     Returns:
@@ -277,12 +277,15 @@ def optimize(
         "compiler": backend,
     }
     policy = effective_policy(policy, model)
-    BSABackend(policy, **backend_options)  # refuse bad options now, not at the first call
+    probe = BSABackend(policy, **backend_options)  # refuses bad options now, not at the first call
     tree = share_tree(model)
     cls = type(model)
     adapter = adapter_for(model)
     if regional is None:
-        regional = adapter.carries_grid and repeated_blocks(model) is not None
+        regional = adapter.carries_grid and repeated_blocks(model) is not None and not probe.uses_cudagraphs
+    elif regional and probe.uses_cudagraphs:
+        # Equal blocks share one graph: the replay for the next block would overwrite this block's output.
+        raise UsageError(must("regional", "be False with CUDA graphs", True, "Drop regional or the mode."))
     asked_off = getattr(model, "bsa_enabled", None) is False
     forward = MethodType(cls.forward if regional else with_own_code(cls.forward), tree)
     runtime = _Runtime(

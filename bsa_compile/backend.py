@@ -92,6 +92,11 @@ class BSABackend:
             self._key = ()
 
     @property
+    def uses_cudagraphs(self) -> bool:
+        """Whether inductor was asked to replay CUDA graphs, whose outputs the next replay overwrites."""
+        return self.compiler_name == "inductor" and bool(self._inner.config.get("triton.cudagraphs"))
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What decides the compiled code."""
         return (self.policy.digest, self.grid, self.compiler_name, *self._key)

@@ -1,9 +1,8 @@
 """Attention over selected tiles on the CPU: really skips the rest, forward and backward.
 
-Query tiles that select equally many key tiles are handled together: the selected keys and values are gathered and
-attended to as one batch of small dense problems, a few at a time so that they stay in cache and memory stays bounded.
-Slots without a token (padding of a tile, or of a shorter row) gather zeros and are masked, so that what lies in memory
-there cannot matter. Everything is computed in fp32 (fp64 for fp64 tensors).
+Query tiles that select about equally many key tiles are handled together: the selected keys and values are gathered
+and attended to as one batch of small dense problems, as many at a time as fit the caches. Positions without a token
+(padding of a tile, or of a shorter list) hold zeros and are masked, so that what lies in memory there cannot matter.
 """
 
 from __future__ import annotations
@@ -15,23 +14,15 @@ import torch
 from torch import Tensor
 
 from .gating import pooled_dtype
-from .grid import raster_indices, tile_volume, valid_positions
+from .grid import raster_indices, valid_positions
 
-# What a chunk of query tiles may gather: per thread about its share of the caches, and a limit that bounds memory.
+# What the query tiles of a chunk may gather: per thread about its share of the caches, and a limit on memory.
 # Smaller chunks would fit caches better, but every chunk makes the threads wait for each other a few times.
 CHUNK_BYTES_PER_THREAD = 4 << 20
 CHUNK_BYTES = 32 << 20
-# Limits on one query tile, which bound memory when tiles or selections are huge: query positions and gathered bytes.
+# Limits for huge tiles and lists: positions of a query or key tile handled at once, and bytes gathered at once.
 MAX_POSITIONS = 1024
 MAX_BYTES = 32 << 20
-
-
-def token_table(grid: Sequence[int], tile: Sequence[int], layout: str) -> Tensor:
-    """`[N, V]` int64: where each position of each tile lies on the token axis, -1 for none."""
-    if layout == "raster":
-        return raster_indices(grid, tile)
-    inside = valid_positions(grid, tile)
-    return torch.where(inside, torch.arange(inside.numel()).reshape(inside.shape), -1)
 
 
 @torch.no_grad()
@@ -64,53 +55,52 @@ def attend(
     """
     batch, heads, tokens, width = q.shape
     group = heads // k.shape[1]
+    # torch's own CPU kernel takes bf16 with fp32 sums, and is fast where the processor has bf16 products; fp16 is slow.
+    dtype = q.dtype if q.dtype == torch.bfloat16 else pooled_dtype(q.dtype)
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, tokens, dtype=pooled_dtype(q.dtype), device=q.device)
     if layout == "tile" or bool((kv_num_blocks <= 0).any()):  # else every position is written below
         out.zero_()
         lse.fill_(-math.inf)
-    q_table = token_table(grid_q, tile_q, layout)
-    k_table = _with_empty_tile(token_table(grid_k, tile_k, layout))
-    row_bytes = 2 * width * lse.element_size() * tile_volume(tile_k)
-    scratch = _Scratch(lse.dtype), _Scratch(lse.dtype)
+    q_table = _token_table(grid_q, tile_q, layout)
+    tiles = _KeyTiles(_token_table(grid_k, tile_k, layout))
+    tile_bytes = 2 * width * dtype.itemsize * tiles.volume
     for b in range(batch):
         for h in range(heads):
-            keys, values = k[b, h // group], v[b, h // group]
-            for rows, selected in _chunks(kv_num_blocks[b, h], kv_indices[b, h], len(k_table) - 1, row_bytes):
-                slots = k_table[selected].flatten(1)
+            if h % group == 0:
+                keys = _Keys(tiles, k[b, h // group], v[b, h // group], dtype)
+            for rows, selected in _chunks(kv_num_blocks[b, h], kv_indices[b, h], tiles, tile_bytes):
                 for at in q_table[rows].split(MAX_POSITIONS, 1):
-                    some = _Gather(at)
-                    if some.none:
+                    queries = _Queries(at)
+                    if queries.none:
                         continue
-                    result = _attend_slots(some(q[b, h]), keys, values, slots, scale, scratch)
-                    some.write(out[b, h], result[0])
-                    some.write(lse[b, h], result[1])
+                    result = _attend_chunk(queries(q[b, h], dtype), keys, selected, tile_bytes, scale)
+                    queries.write(out[b, h], result[0])
+                    queries.write(lse[b, h], result[1])
     return out, lse
 
 
-def _attend_slots(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scale: float, scratch: tuple[_Scratch, _Scratch]
-) -> tuple[Tensor, Tensor]:
-    """Attend q `[R, P, D]` to the tokens `slots` `[R, L]` (-1: none) of `[Sk, D]`; out `[R, P, D]`, LSE `[R, P]`."""
+def _attend_chunk(q: Tensor, keys: _Keys, selected: Tensor, tile_bytes: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend q `[R, P, D]` to the tiles `selected` `[R, K]`; out `[R, P, D]` and LSE `[R, P]`."""
     result: tuple[Tensor, Tensor] | None = None
-    for part in slots.split(max(1, MAX_BYTES // (2 * len(slots) * q.shape[-1] * q.element_size())), 1):
-        some = _Gather(part)
-        if some.none:
-            continue
-        k, v = some(keys, scratch[0]), some(values, scratch[1])  # [R, L, D]
+    for part in selected.split(max(1, MAX_BYTES // (len(selected) * tile_bytes)), 1):
+        k, v, missing = keys(part)  # [R, L, D], [R, L]
+        mask = None
+        if missing is not None:
+            mask = q.new_zeros(missing.shape).masked_fill_(missing, -math.inf)[:, None, None]  # [R, 1, 1, L]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, None], k[:, None], v[:, None], attn_mask=some.mask(q.dtype), scale=scale
+            q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale
         )
         out, lse = out[:, 0], lse[:, 0]
-        if some.missing is not None:
-            lse = lse.masked_fill(some.missing.all(-1, keepdim=True), -math.inf)
+        if missing is not None:
+            lse = lse.masked_fill(missing.all(-1, keepdim=True), -math.inf)
         result = (out, lse) if result is None else _merge(*result, out, lse)
-    assert result is not None  # every tile has a token
+    assert result is not None  # a chunk has rows, and a row has tiles
     return result
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys."""
+    """Attention over the union of two disjoint sets of keys; out becomes fp32 (fp64)."""
     both = torch.logaddexp(lse, other_lse)
     shift = both.masked_fill(both == -math.inf, 0)
     out = out * (lse - shift).exp()[..., None] + other * (other_lse - shift).exp()[..., None]
@@ -143,154 +133,181 @@ def attend_backward(
         out, lse: what `attend` returned; the other arguments are those of `attend`.
 
     Returns:
-        dq, dk, dv in the shapes and dtypes of q, k, v, in memory `[B, S, H, D]`.
+        dq, dk, dv in the shapes and dtypes of q, k, v, in memory `[B, S, H, D]`; computed in fp32 (fp64).
     """
     batch, heads, _, width = q.shape
-    heads_kv, tokens_k = k.shape[1:3]
-    group, dtype = heads // heads_kv, lse.dtype
+    group, dtype = heads // k.shape[1], lse.dtype
     dq, dk, dv = (
         torch.zeros(batch, x.shape[2], x.shape[1], width, dtype=x.dtype, device=x.device).transpose(1, 2)
         for x in (q, k, v)
     )
-    q_table = token_table(grid_q, tile_q, layout)
-    k_table = _with_empty_tile(token_table(grid_k, tile_k, layout))
+    q_table = _token_table(grid_q, tile_q, layout)
+    tiles = _KeyTiles(_token_table(grid_k, tile_k, layout))
     positions = min(q_table.shape[1], MAX_POSITIONS)
-    row_bytes = (2 * width + positions) * 2 * lse.element_size() * tile_volume(tile_k)
-    scratch = _Scratch(dtype), _Scratch(dtype)
+    tile_bytes = 2 * (2 * width + positions) * dtype.itemsize * tiles.volume
     for b in range(batch):
-        for kv in range(heads_kv):
-            # One row more than there are tokens: slots without a token add to it.
-            sums_k, sums_v = (torch.zeros(tokens_k + 1, width, dtype=dtype, device=k.device) for _ in range(2))
+        for kv in range(k.shape[1]):
+            keys = _Keys(tiles, k[b, kv], v[b, kv], dtype)
+            sums = torch.zeros(2, len(tiles.index), tiles.volume * width, dtype=dtype)  # of dk and dv, by tile
             for h in range(kv * group, (kv + 1) * group):
                 delta = (grad_out[b, h].to(dtype) * out[b, h].to(dtype)).sum(-1)
                 if grad_lse is not None:
                     delta -= grad_lse[b, h]
-                for rows, selected in _chunks(kv_num_blocks[b, h], kv_indices[b, h], len(k_table) - 1, row_bytes):
-                    slots = k_table[selected].flatten(1)
+                for rows, selected in _chunks(kv_num_blocks[b, h], kv_indices[b, h], tiles, tile_bytes):
                     for at in q_table[rows].split(MAX_POSITIONS, 1):
-                        some = _Gather(at)
-                        if some.none:
+                        queries = _Queries(at)
+                        if queries.none:
                             continue
-                        # Positions without a token have p = exp(0 - inf) = 0.
-                        grads = _backward_slots(
-                            some(q[b, h]) * scale,
-                            some(grad_out[b, h]),
-                            some(lse[b, h], fill=math.inf),
-                            some(delta),
-                            k[b, kv],
-                            v[b, kv],
-                            slots,
-                            sums_k,
-                            sums_v,
-                            scratch,
+                        grads = _backward_chunk(
+                            queries(q[b, h], dtype) * scale,
+                            queries(grad_out[b, h], dtype),
+                            queries(lse[b, h], dtype, fill=math.inf),  # no token: p = exp(0 - inf) = 0
+                            queries(delta, dtype),
+                            keys,
+                            selected,
+                            tile_bytes,
+                            sums,
                         )
-                        some.write(dq[b, h], grads * scale)
-            dk[b, kv], dv[b, kv] = sums_k[:-1].to(k.dtype), sums_v[:-1].to(v.dtype)
+                        queries.write(dq[b, h], grads * scale)
+            tiles.write(dk[b, kv], sums[0])
+            tiles.write(dv[b, kv], sums[1])
     return dq, dk, dv
 
 
-def _backward_slots(
+def _backward_chunk(
     q: Tensor,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    sums_k: Tensor,
-    sums_v: Tensor,
-    scratch: tuple[_Scratch, _Scratch],
+    keys: _Keys,
+    selected: Tensor,
+    tile_bytes: int,
+    sums: Tensor,
 ) -> Tensor:
-    """Gradient of scaled q `[R, P, D]`; adds those of keys and values to `sums_k` and `sums_v` `[Sk + 1, D]`."""
+    """Gradient of scaled q `[R, P, D]`; adds those of keys and values to `sums` `[2, N + 1, V * D]`."""
     dq = torch.zeros_like(q)
-    per_slot = len(slots) * (2 * q.shape[-1] + q.shape[1]) * 2 * q.element_size()
-    for part in slots.split(max(1, MAX_BYTES // per_slot), 1):
-        some = _Gather(part)
-        if some.none:
-            continue
-        k, v = some(keys, scratch[0]), some(values, scratch[1])  # [R, L, D]
+    for part in selected.split(max(1, MAX_BYTES // (len(selected) * tile_bytes)), 1):
+        k, v, missing = keys(part)  # [R, L, D], [R, L]
         p = torch.baddbmm(lse[..., None], q, k.transpose(1, 2), beta=-1).exp_()  # [R, P, L]
-        if some.missing is not None:
-            p.masked_fill_(some.missing[:, None], 0)
+        if missing is not None:
+            p.masked_fill_(missing[:, None], 0)
         ds = torch.baddbmm(delta[..., None], grad_out, v.transpose(1, 2), beta=-1).mul_(p)
-        some.add(sums_v, torch.bmm(p.transpose(1, 2), grad_out))
-        some.add(sums_k, torch.bmm(ds.transpose(1, 2), q))
+        to = part.flatten()
+        sums[1].index_add_(0, to, torch.bmm(p.transpose(1, 2), grad_out).view(len(to), -1))
+        sums[0].index_add_(0, to, torch.bmm(ds.transpose(1, 2), q).view(len(to), -1))
         dq.baddbmm_(ds, k)
     return dq
 
 
-class _Scratch:
-    """Memory that is used again from chunk to chunk: fresh pages would cost as much as the gather that fills them."""
+class _Queries:
+    """Moves rows between a token axis and the positions `[R, P]` of a chunk, of which some (-1) have no token."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(0, dtype=dtype)
+    def __init__(self, at: Tensor) -> None:
+        missing = at < 0
+        self.shape = at.shape
+        self.missing = missing if bool(missing.any()) else None
+        self.none = self.missing is not None and bool(missing.all())
+        self.index = at.flatten() if self.missing is None else at.flatten().clamp(min=0)
 
-    def __call__(self, rows: int, width: int) -> Tensor:
-        if self._flat.numel() < rows * width:
-            self._flat = self._flat.new_empty(rows * width)
-        return self._flat[: rows * width].view(rows, width)
-
-
-class _Gather:
-    """Moves rows between a token axis and `[R, L]` slots of which some (-1) have no token."""
-
-    def __init__(self, slots: Tensor) -> None:
-        missing = slots < 0
-        any_missing = bool(missing.any())
-        self.none = any_missing and bool(missing.all())
-        self.missing = missing if any_missing else None
-        self.shape = slots.shape
-        self.index = slots.flatten().clamp(min=0) if any_missing else slots.flatten()
-
-    def __call__(self, source: Tensor, into: _Scratch | None = None, fill: float = 0.0) -> Tensor:
-        """`[S, ...]` to `[R, L, ...]` in fp32 (fp64); slots without a token hold `fill`."""
-        if into is None:
-            rows = source.index_select(0, self.index).to(pooled_dtype(source.dtype))
-        else:
-            rows = into(len(self.index), source.shape[1])
-            if rows.dtype == source.dtype:
-                torch.index_select(source, 0, self.index, out=rows)
-            else:
-                rows.copy_(source.index_select(0, self.index))
-        rows = rows.unflatten(0, self.shape)
+    def __call__(self, source: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+        """`[S, ...]` to `[R, P, ...]`; positions without a token hold `fill`."""
+        rows = source.index_select(0, self.index).to(dtype).unflatten(0, self.shape)
         if self.missing is not None:
             rows[self.missing] = fill
         return rows
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """`[R, 1, 1, L]`: -inf where there is no token; None where there is one everywhere."""
-        if self.missing is None:
-            return None
-        return torch.zeros(self.shape, dtype=dtype).masked_fill_(self.missing, -math.inf)[:, None, None]
-
     def write(self, target: Tensor, rows: Tensor) -> None:
-        """`[R, L, ...]` to `[S, ...]`; slots without a token are dropped."""
+        """`[R, P, ...]` to `[S, ...]`; positions without a token are dropped."""
         if self.missing is None:
             target.index_copy_(0, self.index, rows.flatten(0, 1).to(target.dtype))
         else:
             target.index_copy_(0, self.index[~self.missing.flatten()], rows[~self.missing].to(target.dtype))
 
-    def add(self, target: Tensor, rows: Tensor) -> None:
-        """Add `[R, L, D]` to `[S + 1, D]`; slots without a token add to the last row."""
-        index = self.index
-        if self.missing is not None:
-            index = index.masked_fill(self.missing.flatten(), target.shape[0] - 1)
-        target.index_add_(0, index, rows.flatten(0, 1))
+
+class _KeyTiles:
+    """Where the tokens of each key tile lie; huge tiles are cut into pieces, and a last one has no tokens.
+
+    Attributes:
+        index: `[N + 1, V]`, 0 where there is no token.
+        missing: `[N + 1, V]`, where there is none.
+        pieces: tiles per tile of the grid.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.pieces = -(-table.shape[1] // MAX_POSITIONS)
+        self.volume = -(-table.shape[1] // self.pieces)
+        table = torch.nn.functional.pad(table, (0, self.pieces * self.volume - table.shape[1]), value=-1)
+        table = table.reshape(-1, self.volume)
+        table = torch.nn.functional.pad(table, (0, 0, 0, 1), value=-1)
+        self.missing = table < 0
+        self.partial = bool(self.missing[:-1].any())
+        self.index = table.clamp(min=0)
+
+    @property
+    def empty(self) -> int:
+        """The tile without tokens, with which shorter lists are padded."""
+        return len(self.index) - 1
+
+    def of(self, selected: Tensor) -> Tensor:
+        """Tiles of the grid `[R, K]` as tiles of ours."""
+        if self.pieces == 1:
+            return selected
+        return (selected[..., None] * self.pieces + torch.arange(self.pieces)).flatten(1)
+
+    def write(self, target: Tensor, rows: Tensor) -> None:
+        """`[N + 1, V * D]` to the tokens `[S, D]`."""
+        present = ~self.missing
+        target.index_copy_(0, self.index[present], rows.view(*self.index.shape, -1)[present].to(target.dtype))
 
 
-def _with_empty_tile(table: Tensor) -> Tensor:
-    """Append a tile without tokens, for lists to be padded with."""
-    return torch.cat([table, table.new_full((1, table.shape[1]), -1)])
+class _Keys:
+    """One head's keys and values, gathered by tile."""
+
+    def __init__(self, tiles: _KeyTiles, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+        self.tiles, self.dtype = tiles, dtype
+        # The second is memory used again: fresh pages for every gather would cost as much as the gather.
+        self.k, self.v = [k, torch.empty(0, dtype=dtype)], [v, torch.empty(0, dtype=dtype)]
+
+    def __call__(self, selected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values `[R, L, D]` of the tiles `[R, K]`, and where there is no token `[R, L]` (None: nowhere)."""
+        index = self.tiles.index[selected].flatten(1)
+        missing = None
+        if self.tiles.partial or bool((selected == self.tiles.empty).any()):
+            missing = self.tiles.missing[selected].flatten(1)
+        return self._gather(self.k, index, missing), self._gather(self.v, index, missing), missing
+
+    def _gather(self, of: list[Tensor], index: Tensor, missing: Tensor | None) -> Tensor:
+        source, memory = of
+        size = index.numel() * source.shape[1]
+        if memory.numel() < size:
+            memory = of[1] = memory.new_empty(size)
+        rows = memory[:size].view(index.numel(), source.shape[1])
+        if source.dtype == self.dtype:
+            torch.index_select(source, 0, index.flatten(), out=rows)
+        else:
+            rows.copy_(source.index_select(0, index.flatten()))
+        rows = rows.unflatten(0, index.shape)
+        if missing is not None:
+            rows[missing] = 0
+        return rows
 
 
-def _chunks(counts: Tensor, indices: Tensor, empty: int, bytes_per_tile: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _token_table(grid: Sequence[int], tile: Sequence[int], layout: str) -> Tensor:
+    """`[N, V]` int64: where each position of each tile lies on the token axis, -1 for none."""
+    if layout == "raster":
+        return raster_indices(grid, tile)
+    inside = valid_positions(grid, tile)
+    return torch.where(inside, torch.arange(inside.numel()).reshape(inside.shape), -1)
+
+
+def _chunks(counts: Tensor, indices: Tensor, tiles: _KeyTiles, tile_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut one head's query tiles into chunks of similar counts.
 
     Args:
         counts: `[Nq]`.
         indices: `[Nq, Kmax]`.
-        empty: the tile that pads a shorter list.
-        bytes_per_tile: what one selected tile costs a query tile.
+        tiles: the key tiles.
+        tile_bytes: what one selected tile costs a query tile.
 
     Yields:
         rows `[R]` and their selected tiles `[R, K]`, int64.
@@ -301,13 +318,13 @@ def _chunks(counts: Tensor, indices: Tensor, empty: int, bytes_per_tile: int) ->
     stop = len(sizes)
     while stop > 0 and sizes[stop - 1] > 0:
         width = sizes[stop - 1]
-        start = max(0, stop - max(1, budget // (width * bytes_per_tile)))
+        start = max(0, stop - max(1, budget // (width * tiles.pieces * tile_bytes)))
         while sizes[start] == 0 or 2 * sizes[start] < width:  # a short list is not padded to twice its length
             start += 1
         rows = order[start:stop]
-        selected = indices[rows, :width].long()
+        selected = tiles.of(indices[rows, :width].long())
         if sizes[start] < width:
-            used = torch.arange(width) < torch.tensor(sizes[start:stop])[:, None]
-            selected = torch.where(used, selected, empty)
+            used = torch.arange(width * tiles.pieces) < tiles.pieces * torch.tensor(sizes[start:stop])[:, None]
+            selected = torch.where(used, selected, tiles.empty)
         yield rows, selected
         stop = start

@@ -33,15 +33,15 @@ def needs_mask(grid: Triple, tile: Triple, block: int) -> bool:
 def operands(
     tensors: tuple[Tensor, ...], grid: Triple, tile: Triple, layout: str, block: int, boxes: bool
 ) -> list[tuple[Any, int]]:
-    """Each tensor [B, H, S, D] as a kernel takes it, a descriptor or itself, and how (`ACCESS` in tiles.py)."""
+    """Each tensor [B, H, S, D] as a kernel takes it, and how (`ACCESS` in tiles.py): all by descriptor, or none."""
+    plans = [config.plan_boxes(x, grid, tile, layout, block) if boxes else "" for x in tensors]
+    if any(isinstance(plan, str) for plan in plans):
+        return [(x, config.POINTER) for x in tensors]
     result: list[tuple[Any, int]] = []
-    for x in tensors:
-        plan = config.plan_boxes(x, grid, tile, layout, block) if boxes else ""
-        if isinstance(plan, str):
-            result.append((x, config.POINTER))
-        else:
-            descriptor = TensorDescriptor(x, list(plan.shape), list(plan.strides), list(plan.block))
-            result.append((descriptor, plan.access))
+    for x, plan in zip(tensors, plans, strict=True):
+        assert not isinstance(plan, str)
+        descriptor = TensorDescriptor(x, list(plan.shape), list(plan.strides), list(plan.block))
+        result.append((descriptor, plan.access))
     return result
 
 

@@ -268,7 +268,8 @@ class Decider:
             note = "symbolic sizes: the policy's resolution and min_tokens were decided for the sizes exported with"
             if note not in self.notes:
                 self.notes.append(note)
-        return tuple(as_int(g, self.grids.known) for g in grid)
+        sizes = [as_int(g, self.grids.known) for g in grid]
+        return tuple(2 if size is None else size for size in sizes)
 
     def _site(self, found: Found, fate: _Fate) -> Site:
         match, gridded = found.match, fate.gridded

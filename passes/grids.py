@@ -40,7 +40,7 @@ class Grids:
 
     Args:
         sizes: what is known of symbolic sizes.
-        known: a `SymInt` per symbol.
+        known: a `SymInt` per symbolic size.
         given: grids that the caller gave, by source, in the order of precedence.
         guards: whether a guard on a size holds for the compiled code (Dynamo), or nothing would check it (export).
     """
@@ -48,7 +48,7 @@ class Grids:
     def __init__(
         self,
         sizes: Sizes,
-        known: dict[sympy.Symbol, torch.SymInt],
+        known: dict[sympy.Expr, torch.SymInt],
         given: Sequence[tuple[str, TokenGrid]],
         guards: bool,
     ) -> None:
@@ -152,7 +152,7 @@ class Grids:
         frames = self.sizes.quotient(key_tokens, area)
         if frames is None and not (isinstance(key_tokens, int) and isinstance(area, int)) and self.guards:
             tokens, plane = as_int(key_tokens, self.known), as_int(area, self.known)
-            if tokens % plane == 0:  # guards
+            if tokens is not None and plane is not None and tokens % plane == 0:  # guards
                 frames = of(tokens // plane)
         if frames is None:
             return Gridded("", detail="the keys are not whole latent frames")

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .. import ops
+
 # Containers and wrappers that are in the way between a module and the name the user knows it by.
 _WRAPPERS = frozenset(
     {"__dict__", "_modules", "_orig_mod", "_export_root", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -17,7 +19,7 @@ _WRAPPERS = frozenset(
 _ROOT = re.compile(r"^[LG]\[(['\"]).*?\1\]")
 _TOKEN = re.compile(r"(\w+)")
 _FRAME = re.compile(r'^\s*File "(.+?)", line (\d+)', re.MULTILINE)
-_TORCH = str(Path(torch.__file__).resolve().parent)
+_NOT_THE_MODEL = tuple(str(Path(module.__file__).resolve().parent) for module in (torch, ops) if module.__file__)
 _NO_STACK = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -56,9 +58,9 @@ def module_class(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """`file:line` of the innermost frame outside torch, "" where the tracer kept no stack."""
+    """`file:line` of the innermost frame outside torch and our anchor, "" where the tracer kept no stack."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TORCH)]
+    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_NOT_THE_MODEL)]
     return outside[-1] if outside else ""
 
 

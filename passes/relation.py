@@ -152,7 +152,8 @@ def _different(found: Found, q: _Side, k: _Side, runs: set[Origin], mine: set[Or
     else:
         where = found.q_changed if q.scattered & mine else q.lost(mine)
         which = "queries"
-    return Relation("unknown", detail=f"token order of the {which} is lost at {where}" if where else "")
+    detail = f"token order of the {which} is lost at {where}" if where else "each row attends to a part of the tokens"
+    return Relation("unknown", detail=detail)
 
 
 def _ranges(q: dict[Origin, Range], k: dict[Origin, Range], sizes: Sizes) -> Relation:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from .calls import Call, call_of, is_pointwise, module_call, schema_of
+from .calls import Call, call_of, is_pointwise, module_call, qualified_name, schema_of
 from .layout import Layout
 from .match import Match, match, written_out
 from .modulepath import value
@@ -252,7 +252,7 @@ class Tracer:
         for i, a in enumerate(schema.arguments if schema is not None else ()):
             if a.alias_info is not None and a.alias_info.is_write:
                 writes.append(node.args[i] if i < len(node.args) else node.kwargs.get(a.name))
-        if node.target is torch.ops.higher_order.triton_kernel_wrapper_mutation:
+        if node.op == "call_function" and qualified_name(node.target).endswith("::triton_kernel_wrapper_mutation"):
             writes += node.all_input_nodes  # which of them it writes is not told
         for written in writes:
             if isinstance(written, fx.Node):

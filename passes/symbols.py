@@ -93,26 +93,33 @@ class Symbols:
         node.meta = {k: site.meta[k] for k in ("nn_module_stack", "stack_trace") if k in site.meta} | {key: example}
 
 
-def symints(module: fx.GraphModule) -> dict[sympy.Symbol, torch.SymInt]:
-    """A `SymInt` for every symbol that a graph's values name."""
-    found: dict[sympy.Symbol, torch.SymInt] = {}
+def symints(module: fx.GraphModule) -> dict[sympy.Expr, torch.SymInt]:
+    """A `SymInt` for every symbolic size that a graph's values have."""
+    found: dict[sympy.Expr, torch.SymInt] = {}
     for node in module.graph.nodes:
         example = value(node)
         for size in example.shape if isinstance(example, torch.Tensor) else (example,):
-            if isinstance(size, torch.SymInt) and isinstance(of(size), sympy.Symbol):
+            if isinstance(size, torch.SymInt):
                 found.setdefault(size.node.expr, size)
     return found
 
 
-def as_int(size: Size, known: dict[sympy.Symbol, torch.SymInt]) -> Any:
-    """`size` as an int or `SymInt`; comparing the latter adds a guard."""
-    return size if isinstance(size, int) else sympy_interp(PythonReferenceAnalysis, known, size)
+def as_int(size: Size, known: dict[sympy.Expr, torch.SymInt]) -> Any:
+    """`size` as an int or `SymInt`, comparing which adds a guard; None where it cannot be computed."""
+    if isinstance(size, int):
+        return size
+    if size in known:
+        return known[size]
+    symbols = {s: known[s] for s in size.free_symbols if s in known}
+    return sympy_interp(PythonReferenceAnalysis, symbols, size) if len(symbols) == len(size.free_symbols) else None
 
 
-def hint(size: Size, known: dict[sympy.Symbol, torch.SymInt]) -> int | None:
+def hint(size: Size, known: dict[sympy.Expr, torch.SymInt]) -> int | None:
     """The value of `size` for the inputs that the graph was traced with, without a guard; None where there is none."""
     if isinstance(size, int):
         return size
+    if size in known:
+        return known[size].node.hint
     hints = {s: known[s].node.hint for s in size.free_symbols if s in known}
     if len(hints) != len(size.free_symbols) or any(h is None for h in hints.values()):
         return None

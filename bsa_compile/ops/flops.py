@@ -6,9 +6,12 @@ upper bound of a row that selects all Kmax = Nk tiles.
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Sequence
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -66,20 +69,41 @@ FORMULAS = {
 }
 
 
-def _quiet_flop_counter() -> ModuleType:
-    """`torch.utils.flop_counter`, without the warning that it logs on import where Triton is missing."""
-    logger = logging.getLogger(_FLOP_COUNTER)
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        return importlib.import_module(_FLOP_COUNTER)
-    finally:
-        logger.removeFilter(drop)
+def _register(flop_counter: ModuleType) -> None:
+    for op, formula in FORMULAS.items():
+        flop_counter.register_flop_formula(op)(formula)
 
 
-_flop_counter = _quiet_flop_counter()
-for _op, _formula in FORMULAS.items():
-    _flop_counter.register_flop_formula(_op)(_formula)
+class _RegisterOnImport(importlib.abc.MetaPathFinder):
+    """Registers the formulas when the flop counter is imported.
+
+    Importing it ourselves would import Triton, and log a warning where that is missing.
+    """
+
+    def __init__(self) -> None:
+        self._asking = False
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _FLOP_COUNTER or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
+        # Asking for the spec is no import yet: Dynamo asks for those of many modules.
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(self._execute, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        _register(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+if _FLOP_COUNTER in sys.modules:
+    _register(sys.modules[_FLOP_COUNTER])
+else:
+    sys.meta_path.insert(0, _RegisterOnImport())

@@ -53,9 +53,9 @@ def reference_attention(policy: BSAPolicy, calls: list | None = None) -> Callabl
         if calls is not None:
             calls.append((role, tuple(grid_q), tuple(grid_k)))
         out, _ = reference.block_sparse_attention(
-            q,
-            k,
-            v,
+            q.cpu(),  # the reference computes on the CPU, wherever the model is
+            k.cpu(),
+            v.cpu(),
             grid_q=grid_q,
             grid_k=grid_k,
             tile_q=policy.chunk_3d_shape_q,
@@ -63,7 +63,7 @@ def reference_attention(policy: BSAPolicy, calls: list | None = None) -> Callabl
             sparsity=policy.sparsity,
             cdf_threshold=policy.cdf_threshold,
         )
-        return out.to(q.dtype)
+        return out.to(q.device, q.dtype)
 
     return attend
 

@@ -305,6 +305,8 @@ def test_bad_arguments_are_refused_at_once(longcat):
         bsa_compile.optimize(longcat, POLICY, grid=(1, 2))
     with pytest.raises(UsageError, match="regional"):
         bsa_compile.optimize(Plain(), POLICY, regional=True)
+    with pytest.raises(UsageError, match="CUDA graphs"):
+        bsa_compile.optimize(longcat, POLICY, mode="reduce-overhead", regional=True)
     with pytest.raises(UsageError, match="mode"):
         bsa_compile.optimize(longcat, POLICY, mode="max-autotune", backend="eager")
     fast = bsa_compile.optimize(longcat, POLICY, backend="eager")

@@ -21,9 +21,9 @@ def random_gradients(case: Case) -> tuple[Tensor, Tensor]:
     return grad_out.to(case.dtype), torch.randn(case.batch, case.heads, case.tokens("q"), generator=generator)
 
 
-def check_against_the_reference(case: Case, std: float = 1.0) -> None:
+def check_against_the_reference(case: Case) -> None:
     """Forward and backward, judged against torch's own masked attention in the same dtype."""
-    q, k, v = case.qkv(std)
+    q, k, v = case.qkv()
     counts, indices = case.selection()
     grad_out, grad_lse = random_gradients(case)
     ours = (*case.attend(q, k, v, counts, indices), *case.gradients(q, k, v, counts, indices, grad_out, grad_lse))
@@ -86,10 +86,6 @@ def test_any_finite_scale(scale):
             return scale
 
     check_against_the_reference(Scaled())
-
-
-def test_large_activations_have_right_gradients_in_bf16():
-    check_against_the_reference(Case(dtype=torch.bfloat16, head_dim=64), std=8.0)
 
 
 def views(x: Tensor, kind: str) -> Tensor:
@@ -257,15 +253,15 @@ def test_memory_is_bounded_when_everything_is_selected(monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(cpu, "MAX_BYTES", 1 << 16)
     largest = 0
-    original = cpu._Gather.__call__
+    original = cpu._Keys._gather
 
-    def measuring(self, *args, **kwargs):
+    def measuring(self, *args):
         nonlocal largest
-        rows = original(self, *args, **kwargs)
+        rows = original(self, *args)
         largest = max(largest, rows.numel() * rows.element_size())
         return rows
 
-    monkeypatch.setattr(cpu._Gather, "__call__", measuring)
+    monkeypatch.setattr(cpu._Keys, "_gather", measuring)
     out, _ = case.attend(q, k, v, counts, indices)
     case.gradients(q, k, v, counts, indices, *random_gradients(case))
     assert 0 < largest <= 1 << 16

@@ -114,7 +114,7 @@ def test_large_activations_have_right_gradients():
     for a, b, c in zip(ours, exact, public, strict=True):
         error, theirs = (float((x.double() - b).abs().max() / b.abs().max()) for x in (a, c))
         assert error < 0.02, error
-        assert theirs > 5 * error, (theirs, error)
+        assert theirs > 3 * error, (theirs, error)
 
 
 @pytest.mark.parametrize("tile", [(3, 3, 3), (1, 5, 7), (2, 3, 5), (6, 10, 1)], ids=str)

@@ -72,7 +72,9 @@ class Float32Linear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """`Float[Tensor, "... in"]` of any float dtype -> `Float[Tensor, "... out"]` fp32."""
         device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # `torch.amp.is_autocast_available` would say which devices know autocast, but Dynamo cannot trace it
+        # before torch 2.12.
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             # F.linear is on autocast's list: fp32 operands alone would be cast down again.
             with torch.autocast(device_type, enabled=False):
                 return self._forward_fp32(x)
