@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -253,3 +254,34 @@ def test_a_selected_frame_keeps_its_place():
     state, real = trace([lambda x: x[:, :, 1], lambda x: x.flatten(2)], video(), [2, 3, 4])
     assert check(state, real)
     assert Algebra(Sizes()).run(state.tokens[VIDEO], 2) == (12, 12)
+
+
+# -- einops, which before 0.8.2 stays one node in Dynamo graphs -------------------------------------------------------
+
+
+def windows(x: Tensor) -> Tensor:
+    b, c, t, h, w = x.shape
+    return x.reshape(b, c, t, h, 2, w // 2).permute(0, 4, 2, 3, 5, 1).reshape(b * 2, t * h * w // 2, c)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lengths", "same", "run"),
+    [
+        ("b c t h w -> b (t h w) c", {}, lambda x: x.flatten(2).transpose(1, 2), (0, 24)),
+        ("b c t h (n w) -> (b n) (t h w) c", {"n": 2}, windows, None),
+        ("b c t h w -> b (h w t) c", {}, lambda x: x.permute(0, 3, 4, 2, 1).reshape(2, 24, 2), None),
+    ],
+)
+def test_rearrange(pattern, lengths, same, run):
+    def rearrange(tensor: Tensor, pattern: str, **lengths: int) -> Tensor:
+        return same(tensor)
+
+    rearrange.__module__ = "einops.einops"
+    graph = fx.Graph()
+    node = graph.call_function(rearrange, (graph.placeholder("x"), pattern), lengths)
+    graph.output(node)
+    module, x = fx.GraphModule(torch.nn.Module(), graph), video()
+    FakeTensorProp(module).propagate(x)
+    state = Tracer(module, Sizes(), RULES).run([State({VIDEO: Algebra(Sizes()).raster(tuple(x.shape), [2, 3, 4])})])
+    assert check(state, same(x))
+    assert Algebra(Sizes()).run(state.tokens[VIDEO], 1) == run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,28 +238,6 @@ def test_writing_through_a_view_reaches_the_whole_tensor():
     (site,) = report_of(Writing(depth=1), latents(), text_of(7)).sites
     assert site.reason == "unknown_grid"
     assert "copy_" in site.detail
-
-
-def test_einops_as_one_node():
-    """As einops before 0.8.2 appears in Dynamo graphs."""
-    einops = types.SimpleNamespace(__name__="einops.einops")
-    source = """
-def rearrange(tensor, pattern, **axes_lengths):
-    if pattern == "b c t h w -> b (t h w) c":
-        return tensor.flatten(2).transpose(1, 2)
-    return tensor.view(1, 4, 2, 2, 6, -1).transpose(1, 2).reshape(2, 48, -1)
-"""
-    exec(source, einops.__dict__)
-    rearrange = torch._dynamo.allow_in_graph(einops.rearrange)
-
-    class Rearranged(Video):
-        def forward(self, video):
-            x = self.blocks[0](rearrange(self.patch(video), "b c t h w -> b (t h w) c"))
-            return self.blocks[1](rearrange(x, "b (t n h w) c -> (b n) (t h w) c", t=4, n=2, w=6))
-
-    first, second = report_of(Rearranged(SelfAttention(), SelfAttention()), latents()).sites
-    assert first.reason == "rewritten"
-    assert (second.reason, "lost at rearrange" in second.detail) == ("unknown_grid", True)
 
 
 def test_leaf_modules():
