@@ -35,7 +35,7 @@ lint: $(STAMP)
 typecheck: $(STAMP)
 	rm -rf build/typecheck
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
-	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml bsa_compile
+	$(BIN)/mypy --config-file pyproject.toml build/typecheck/bsa_compile
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Match:
         anchor: whether it is `bsa::attention`, which brings its grids and role along.
         grid_q, grid_k, role: what the anchor says; the grids' items are ints or nodes.
         tuple_result: whether the output is item 0 of a tuple.
+        like_q: whether the output is known to have q's layout.
     """
 
     op: str
@@ -84,6 +85,7 @@ class Match:
     grid_k: tuple[Any, ...] = ()
     role: str = ""
     tuple_result: bool = False
+    like_q: bool = True
 
 
 def match(node: fx.Node) -> Match | None:
@@ -173,7 +175,8 @@ def _foreign(node: fx.Node, name: str) -> Match | None:
     rank = value(tensors[0]).dim()
     dim = 0 if rank == 3 and flash else 1 if flash else max(rank - 2, 0)
     issue = ("variant", name) if flash else ("opaque", name)
-    return _hidden(node, name.rpartition("::" if "::" in name else ".")[2], tensors[0], tensors[1], dim, issue)
+    op = name.rpartition("::" if "::" in name else ".")[2]
+    return replace(_hidden(node, op, tensors[0], tensors[1], dim, issue), like_q=False)
 
 
 def _module(node: fx.Node) -> Match | None:

@@ -23,6 +23,7 @@ from .sizes import Size, Sizes, of, product, shape
 from .states import EMPTY, Found, Origin, State, States, where
 from .tracks import Segments, Track, Tracks
 
+_NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 Rule: TypeAlias = Callable[["Tracer", Call], States]
 
 
@@ -218,12 +219,16 @@ class Tracer:
             return self._attention(node, found)
         if inside is not None:
             return self._region(node, inside.bodies, inside.sealed)
+        if node.op == "call_function" and qualified_name(node.target) == "bsa::attend":  # a site of an earlier run
+            return self._attention(node, Match("attend", *node.args[:3]))  # type: ignore[arg-type]
         if node.op == "call_module":
             call = module_call(node, self.module.get_submodule(str(node.target)))
         else:
             call = call_of(node)
         if call is None:
             return self._unknown(node)
+        if isinstance(value(node), _NUMBERS):
+            return EMPTY
         rule = self.rules.get(call.name)
         if rule is not None and value(node) is None and call.name != "setitem":
             rule = None  # traced without shapes
@@ -275,7 +280,8 @@ class Tracer:
         out = value(node)
         first = out[0] if isinstance(out, (list, tuple)) else out
         mixed = self.lose(node, *others)
-        if found.q is None or not isinstance(first, torch.Tensor) or first.dim() != len(self.shape(found.q)):
+        alike = isinstance(first, torch.Tensor) and self.sizes.all_same(shape(first)[:-1], self.shape(found.q)[:-1])
+        if not (alike and found.like_q):
             result = self.lose(node, q, mixed)
         else:
             last = first.dim() - 1

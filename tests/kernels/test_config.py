@@ -15,28 +15,28 @@ GRID, TILE = (4, 8, 12), (4, 4, 4)
 TOKENS = 4 * 8 * 12
 
 
-def heads_first(batch: int = 2, heads: int = 3, tokens: int = TOKENS, head_dim: int = 64, dtype=torch.bfloat16):
+def heads_first(batch: int = 2, heads: int = 3, tokens: int = TOKENS, head_dim: int = 128, dtype=torch.bfloat16):
     return torch.empty(batch, heads, tokens, head_dim, dtype=dtype)
 
 
 def tokens_first(batch: int = 2, heads: int = 3):
-    return torch.empty(batch, TOKENS, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+    return torch.empty(batch, TOKENS, heads, 128, dtype=torch.bfloat16).transpose(1, 2)
 
 
 def fused(batch: int = 2, heads: int = 3):
-    return torch.empty(batch, TOKENS, 3, heads, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2)
+    return torch.empty(batch, TOKENS, 3, heads, 128, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2)
 
 
 @pytest.mark.parametrize(
     ("x", "access", "shape", "block"),
     [
-        (heads_first(), BOX_MERGED, (2 * 3 * 4, 8, 12, 64), (4, 4, 4, 64)),
-        (tokens_first(), BOX_FRAMES, (3, 2 * 4, 8, 12, 64), (1, 4, 4, 4, 64)),
-        (fused(), BOX_FRAMES, (3, 2 * 4, 8, 12, 64), (1, 4, 4, 4, 64)),
-        (tokens_first(batch=1), BOX_HEADS, (3, 4, 8, 12, 64), (1, 4, 4, 4, 64)),
-        (fused(batch=1), BOX_HEADS, (3, 4, 8, 12, 64), (1, 4, 4, 4, 64)),
-        (heads_first(heads=1, tokens=TOKENS + 8)[:, :, :TOKENS], BOX_HEADS, (2, 4, 8, 12, 64), (1, 4, 4, 4, 64)),
-        (fused(heads=1), BOX_MERGED, (2 * 4, 8, 12, 64), (4, 4, 4, 64)),
+        (heads_first(), BOX_MERGED, (2 * 3 * 4, 8, 12, 128), (4, 4, 4, 128)),
+        (tokens_first(), BOX_FRAMES, (3, 2 * 4, 8, 12, 128), (1, 4, 4, 4, 128)),
+        (fused(), BOX_FRAMES, (3, 2 * 4, 8, 12, 128), (1, 4, 4, 4, 128)),
+        (tokens_first(batch=1), BOX_HEADS, (3, 4, 8, 12, 128), (1, 4, 4, 4, 128)),
+        (fused(batch=1), BOX_HEADS, (3, 4, 8, 12, 128), (1, 4, 4, 4, 128)),
+        (heads_first(heads=1, tokens=TOKENS + 8)[:, :, :TOKENS], BOX_HEADS, (2, 4, 8, 12, 128), (1, 4, 4, 4, 128)),
+        (fused(heads=1), BOX_MERGED, (2 * 4, 8, 12, 128), (4, 4, 4, 128)),
     ],
     ids=[
         "heads first",
@@ -57,7 +57,7 @@ def test_plan(x, access, shape, block):
 
 def test_a_partial_last_frame_is_clipped_only_where_nothing_follows_it():
     grid = (6, 8, 8)
-    x = torch.empty(2, 3, 6 * 8 * 8, 64, dtype=torch.bfloat16)
+    x = torch.empty(2, 3, 6 * 8 * 8, 128, dtype=torch.bfloat16)
     plan = plan_boxes(x, grid, TILE, "raster", 64)
     assert not isinstance(plan, str)
     assert plan.access == BOX_HEADS
@@ -69,10 +69,10 @@ def test_a_partial_last_frame_is_clipped_only_where_nothing_follows_it():
 @pytest.mark.parametrize(
     ("block", "tile", "box"),
     [
-        (32, (4, 4, 4), (2, 4, 4, 64)),
-        (16, (4, 4, 8), (1, 2, 8, 64)),
-        (16, (1, 2, 32), (1, 1, 16, 64)),
-        (64, (4, 4, 8), (2, 4, 8, 64)),
+        (32, (4, 4, 4), (2, 4, 4, 128)),
+        (16, (4, 4, 8), (1, 2, 8, 128)),
+        (16, (1, 2, 32), (1, 1, 16, 128)),
+        (64, (4, 4, 8), (2, 4, 8, 128)),
     ],
     ids=str,
 )
@@ -86,13 +86,14 @@ def test_a_box_holds_consecutive_positions_of_the_tile(block, tile, box):
     ("x", "grid", "tile", "layout", "reason"),
     [
         (heads_first(head_dim=80), GRID, TILE, "raster", "head_dim 80"),
+        (heads_first(head_dim=64), GRID, TILE, "raster", "rows of 128 bytes"),
         (heads_first(), GRID, (4, 4, 6), "raster", "side that is not a power of two"),
         (heads_first(), GRID, (2, 2, 4), "raster", "fewer than 64 positions"),
         (heads_first(tokens=2 * 2 * 64), (4, 8, 7), (4, 8, 4), "tile", "keeps the padding"),
         (heads_first(heads=4)[:, :3], GRID, TILE, "raster", "do not merge"),
         (heads_first(batch=1, heads=1).expand(1, 3, -1, -1), GRID, TILE, "raster", "a stride is 0"),
-        (torch.empty(1, 2, TOKENS, 67, dtype=torch.bfloat16)[..., 1:65], GRID, TILE, "raster", "aligned"),
-        (torch.empty(1, 2, TOKENS, 72, dtype=torch.bfloat16)[..., 1:65], GRID, TILE, "raster", "aligned"),
+        (torch.empty(1, 2, TOKENS, 131, dtype=torch.bfloat16)[..., 1:129], GRID, TILE, "raster", "aligned"),
+        (torch.empty(1, 2, TOKENS, 136, dtype=torch.bfloat16)[..., 1:129], GRID, TILE, "raster", "aligned"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -103,8 +104,8 @@ def test_reason_against_boxes(x, grid, tile, layout, reason):
 def test_tile_order_is_a_grid_of_whole_tiles():
     plan = plan_boxes(heads_first(), GRID, TILE, "tile", 64)
     assert not isinstance(plan, str)
-    assert plan.shape == (2 * 3 * 6, 1, 64, 64)
-    assert plan.block == (1, 1, 64, 64)
+    assert plan.shape == (2 * 3 * 6, 1, 64, 128)
+    assert plan.block == (1, 1, 64, 128)
 
 
 def test_path_names_and_reasons():

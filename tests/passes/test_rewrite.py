@@ -119,6 +119,7 @@ def test_idempotent_and_deterministic():
     assert again is after
     assert not second.rewritten
     assert [s.reason for s in second.sites] == ["cross_attention"] * 2
+    assert [s.detail for s in second.sites] == [s.detail for s in report.dense]
     other, _ = rewrite(before, ALL)
     assert str(other.graph) == str(after.graph)
     assert len(report.rewritten) == 2
