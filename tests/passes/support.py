@@ -186,9 +186,24 @@ def count(module: fx.GraphModule, name: str) -> int:
     return ops(module).count(name)
 
 
+def attention_of(module: fx.GraphModule) -> fx.Node:
+    """The first block-sparse attention."""
+    return next(n for n in module.graph.nodes if n.op == "call_function" and qualified_name(n.target) == "bsa::attend")
+
+
 SDPA, ATEN_SDPA = "torch._C._nn.scaled_dot_product_attention", "aten::scaled_dot_product_attention"
 
 
 def outcomes(report: Report) -> list[tuple[str, str, str]]:
     """(module, role, reason) of every site."""
     return [(s.module, s.role, s.reason) for s in report.sites]
+
+
+def report_of(model: Callable[..., Any], *args: Any, policy: BSAPolicy = ALL, **options: Any) -> Report:
+    """The report of the pass on the graph of one call."""
+    return rewrite(capture(model, *args), policy, **options)[1]
+
+
+def reasons(report: Report) -> list[str]:
+    """What became of every site."""
+    return [s.reason for s in report.sites]
