@@ -7,7 +7,6 @@ the order was lost. It adds no guard and never compares sizes to find out what a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,13 +14,14 @@ import torch
 from torch import fx
 
 from .calls import Call, call_of, is_pointwise, module_call, qualified_name, schema_of
+from .changes import Changes
 from .layout import Layout
 from .match import Match, match, written_out
 from .modulepath import value
 from .regions import Body, region
-from .sizes import Size, Sizes, of, product, shape
+from .sizes import Size, Sizes, of, shape
 from .states import EMPTY, Found, Origin, State, States, where
-from .tracks import Segments, Track, Tracks
+from .tracks import Track, Tracks
 
 _NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 Rule: TypeAlias = Callable[["Tracer", Call], States]
@@ -59,7 +59,7 @@ class Tracer:
         self.sealed = sealed
         self.weights = weights
         self._states: dict[fx.Node, States] = {}
-        self._changed: dict[fx.Node, dict[Origin, str]] = {}
+        self.changes = Changes(sizes)
         self._base: dict[fx.Node, fx.Node] = {}
         self._dropped: dict[fx.Node, dict[Origin, str]] = {}
 
@@ -85,7 +85,9 @@ class Tracer:
                 return self.states(result)
             elif node.op != "get_attr":
                 self._states[node] = self._node(node)
-                self._note_change(node)
+                found = self._states[node]
+                operands = [(n, self.state(n)) for n in node.all_input_nodes]
+                self.changes.note(node, found if isinstance(found, tuple) else (found,), operands)
         return EMPTY
 
     # -- what rules ask -------------------------------------------------------------------------------------------
@@ -270,9 +272,8 @@ class Tracer:
 
     def _site(self, node: fx.Node, found: Match) -> None:
         q, k = (self.state(x) if x is not None else EMPTY for x in (found.q, found.k))
-        changed = [self._changed.get(x, {}) if x is not None else {} for x in (found.q, found.k)]
-        texts = [next((t for o, t in sorted(c.items(), key=lambda i: i[0].grid is None)), "") for c in changed]
-        self.sites.append(Found(self.path, node, found, q, k, texts[0], texts[1], self.sealed))
+        changed = [self.changes.text(x) for x in (found.q, found.k)]
+        self.sites.append(Found(self.path, node, found, q, k, changed[0], changed[1], self.sealed))
 
     def _attention(self, node: fx.Node, found: Match) -> States:
         """Every result position belongs to the query position; the keys are summed over."""
@@ -299,11 +300,13 @@ class Tracer:
             inputs = None if body.operands is None else [self.states(o) for o in body.operands]
             path = (*self.path, f"{node.name}.{body.name}")
             inner = Tracer(body.module, self.sizes, self.rules, path, self.sites, self.sealed or sealed)
+            placeholders = [n for n in body.module.graph.nodes if n.op == "placeholder"]
+            bound = [b for b in zip(placeholders, body.operands or (), strict=False) if isinstance(b[1], fx.Node)]
+            for placeholder, operand in bound:
+                inner.changes.inherit(placeholder, self.changes.of(operand))
             results.append(inner.run(inputs))
-            inputs_of = [n for n in body.module.graph.nodes if n.op == "placeholder"]
-            for placeholder, operand in zip(inputs_of, body.operands or (), strict=False):
-                if isinstance(operand, fx.Node) and inner._dropped.get(placeholder):
-                    self.drop(operand, inner._dropped[placeholder], node)
+            for placeholder, operand in bound:  # what the body overwrote
+                self.drop(operand, inner._dropped.get(placeholder, ()), node)
         example = value(node)
         count = len(example) if isinstance(example, (list, tuple)) else 1
         states = [self.state(n) for n in node.all_input_nodes]
@@ -330,35 +333,6 @@ class Tracer:
         for other in others:
             lost.update(dict.fromkeys((o for o in other.tokens if o not in tokens), where(node)))
         return State(tokens, lost, any(s.projected for s in states))
-
-    def _note_change(self, node: fx.Node) -> None:
-        """Remember where the tokens of an origin stopped being one run of one dimension, for messages."""
-        found = self._states[node]
-        states = found if isinstance(found, tuple) else (found,)
-        notes: dict[Origin, str] = {}
-        for origin, track in (item for state in states for item in state.tokens.items()):
-            if self._in_order(track):
-                continue
-            inherited = [self._changed[n][origin] for n in node.all_input_nodes if origin in self._changed.get(n, {})]
-            ordered = any(
-                origin in s.tokens and self._in_order(s.tokens[origin])
-                for s in (self.state(n) for n in node.all_input_nodes)
-            )
-            if inherited and not ordered:
-                notes[origin] = inherited[0]
-            elif ordered:
-                notes[origin] = where(node)
-        if notes:
-            self._changed[node] = notes
-
-    def _in_order(self, track: Track) -> bool:
-        """Whether the dimensions, as they stand, list the tokens in raster order."""
-        if isinstance(track, Segments):
-            return True
-        moving = [f for dim in track.dims for f in dim if not self.sizes.same(f[1], 0)]
-        if moving and not self.sizes.same(moving[-1][1], 1):
-            return False
-        return all(self.sizes.same(a[1], product(b)) for a, b in itertools.pairwise(moving))
 
 
 def is_weight(node: fx.Node, example: torch.Tensor) -> bool:

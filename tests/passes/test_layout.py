@@ -195,7 +195,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
     return chosen, names
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(programs())
 def test_claims_are_true_of_real_data(program):
     chosen, _ = program
