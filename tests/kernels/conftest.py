@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def is_interpreting() -> bool:
     return type(tl.sum).__name__ == "InterpretedFunction"
 
 
+def interpreter_fault() -> str:
+    """Why the installed Triton cannot interpret anything, or nothing."""
+    try:
+        triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    except PackageNotFoundError:
+        return ""
+    if triton < (3, 7) and numpy >= (2, 4):
+        # It turns arrays of one element into Python numbers, which NumPy refuses since 2.4.
+        return f"the interpreter of Triton {version('triton')} fails with NumPy {version('numpy')}: needs numpy < 2.4"
+    return ""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Called for the conftest of a subfolder only when the command line names something in it.
     paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
@@ -45,9 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(quiet)
-    if has_cuda() or is_interpreting():
+    if has_cuda() or (is_interpreting() and not interpreter_fault()):
         return
-    skip = pytest.mark.skip(reason="Triton was imported without its interpreter; test_in_subprocess.py runs this")
+    otherwise = "Triton was imported without its interpreter; test_in_subprocess.py runs this"
+    skip = pytest.mark.skip(reason=interpreter_fault() or otherwise)
     for item in items:
         if HERE in item.path.parents and item.path.name not in NEEDS_NO_KERNELS and "gpu" not in item.keywords:
             item.add_marker(skip)

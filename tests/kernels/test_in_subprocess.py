@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.kernels.conftest import HERE, NEEDS_NO_KERNELS, has_cuda, is_interpreting
+from tests.kernels.conftest import HERE, NEEDS_NO_KERNELS, has_cuda, interpreter_fault, is_interpreting
 
 
 @pytest.mark.slow
@@ -17,6 +17,8 @@ def test_kernels_under_the_interpreter():
         pytest.skip("the kernels' tests run here, on the GPU")
     if is_interpreting():
         pytest.skip("the kernels' tests run here, interpreted")
+    if interpreter_fault():
+        pytest.skip(interpreter_fault())
     others = [f"--ignore={HERE / name}" for name in NEEDS_NO_KERNELS]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE), *others],
