@@ -19,6 +19,7 @@ from .api import OptimizedModel, optimize  # noqa: E402
 from .backend import last_report  # noqa: E402
 from .context import latent_grid, step  # noqa: E402
 from .errors import BSACompileError  # noqa: E402
+from .exporting import export, export_onnx, load_package, package, report_of, rewrite_onnx  # noqa: E402
 from .grid import TokenGrid  # noqa: E402
 from .ops import attention, block_sparse_attention, register_attend  # noqa: E402
 from .passes.rewrite import rewrite  # noqa: E402
@@ -38,10 +39,16 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "errors",
+    "export",
+    "export_onnx",
     "last_report",
     "latent_grid",
+    "load_package",
     "optimize",
+    "package",
     "register_attend",
+    "report_of",
     "rewrite",
+    "rewrite_onnx",
     "step",
 ]

@@ -102,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_explain(command("explain", "which attention sites of a checkpoint run block-sparse, why, and what it saves"))
     _add_bench(command("bench", "time dense against block-sparse"))
     _add_show(command("show", "draw a block mask, one panel per head"))
+    _add_export(command("export", "write a checkpoint as a block-sparse ONNX file, torch.export program or package"))
+    _add_rewrite(command("rewrite", "make the self-attention of an ONNX file block-sparse"))
     return parser
 
 
@@ -159,6 +161,36 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
     _add_policy(parser)
     _add_device(parser)
+    _add_json(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or with dit/config.json")
+    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "pt2", "aoti"),
+        default="onnx",
+        help="onnx (default), pt2: a torch.export program, aoti: compiled by AOTInductor for this machine",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--cond", type=_count, default=0, metavar="N", help="latent frames given as condition")
+    parser.add_argument("--text-tokens", type=_positive, default=512, metavar="N", help="default: 512")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
+    sizes.add_argument("--dynamic-batch", action="store_true", help="any batch")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument("--opset", type=_positive, default=23, metavar="N", help="of ONNX, 20 to 23 (default: 23)")
+    _add_policy(parser)
+    parser.add_argument("--device", default="cpu", help="where to export, and what aoti compiles for (default: cpu)")
+    _add_json(parser)
+
+
+def _add_rewrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="INPUT", help="ONNX file")
+    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid of its self-attention")
+    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file; may be the input")
+    _add_policy(parser)
     _add_json(parser)
 
 

@@ -39,6 +39,10 @@ class CheckpointError(BSACompileError, ValueError):
     """A checkpoint is missing, corrupt, or does not fit the model."""
 
 
+class ExportError(BSACompileError, RuntimeError):
+    """A model cannot be exported, or an exported file cannot be used here."""
+
+
 class MissingExtraError(BSACompileError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UsageError, must
@@ -49,6 +52,29 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write a file of this name into, and others beside it; all take their places when the block ends well.
+
+    Nothing is left of it when the block fails, and what was at `path` stays. Missing folders above `path` are made.
+
+    Args:
+        path: the file. It is put in place last.
+
+    Raises:
+        UsageError: `path` is a folder or cannot be written.
+    """
+    path = check_writable(path, "path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+        for made in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(made, path.parent / made.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,13 @@ class Site:
         data.update(effective_sparsity=self.effective_sparsity, flops=self.flops, dense_flops=self.dense_flops)
         return data
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Site:
+        """What `to_dict` gave; figures that it derived are derived anew."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
+        return cls(**values)
+
     @property
     def outcome(self) -> str:
         """One phrase: block-sparse with its parameters, or dense and why."""
@@ -174,6 +181,12 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave."""
+        kept = {name: data[name] for name in ("policy", "digest", "graphs")}
+        return cls(**kept, sites=[Site.from_dict(s) for s in data["sites"]], notes=list(data["notes"]))
 
     def __str__(self) -> str:
         if not self.graphs:

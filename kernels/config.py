@@ -148,6 +148,7 @@ def backward_k_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.
     return Launch(_block(volume_q, 64), _block(volume_k, 64), 4 if boxes or head_dim <= 64 else 8, stages)
 
 
+SCORE_BLOCK_D = 32  # of the head dimension, at a time
 SELECT_BLOCK = 8192  # columns of a score row that one program keeps in registers
 
 
@@ -159,6 +160,12 @@ def pool_launch(positions: int, head_dim: int) -> Launch:
 def score_launch(head_dim: int) -> Launch:
     """Preset of the fp32 score kernel."""
     return Launch(64, 64)
+
+
+def score_precision(device: torch.device) -> str:
+    """`input_precision` of the fp32 score product: never a single tf32 product."""
+    tf32 = torch.version.hip is None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32x3" if tf32 else "ieee"
 
 
 def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -> BoxPlan | str:

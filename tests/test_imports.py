@@ -17,13 +17,13 @@ FOLDERS = {ROOT / PACKAGE: PACKAGE, ROOT / "passes": f"{PACKAGE}.passes", ROOT /
 # From the bottom up, by the first name under `bsa_compile`: a module imports from its own layer and those before it.
 LAYERS = (
     ("errors",),
-    ("policy", "grid", "selection", "report", "models"),
+    ("files", "policy", "grid", "selection", "report", "models"),
     ("gating", "reference", "cpu"),
     ("ops",),
     ("passes", "module_tree", "context", "adapters"),
-    ("backend", "api"),
-    ("parallel", "export", "pipelines"),
-    ("files", "timing", "capture", "viz", "bench", "commands", "cli", "__main__"),
+    ("backend", "plain_errors", "runtime", "api"),
+    ("parallel", "exporting", "pipelines"),
+    ("timing", "capture", "viz", "bench", "commands", "cli", "__main__"),
 )
 
 

@@ -1,0 +1,48 @@
+"""ONNX files that are either complete or not there, with large weights in a second file that is written as a stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExportError, must, require_extra
+from ..files import staged
+
+# Protobuf refuses files over 2 GiB; far below it, one file is handier than two.
+EXTERNAL_FROM_BYTES = 256 << 20
+# Tensors below this stay in the model file also when there is a second one: shapes, scales, small biases.
+SMALL_TENSOR_BYTES = 1 << 10
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write an `onnx_ir.Model`, its large weights beside it in `<name>.data` when they are many.
+
+    Tensors are written one after the other from where they lie, so saving needs no second copy of the weights.
+
+    Args:
+        model: what to write; it is left as it was.
+        path: the model file. Missing folders are made.
+
+    Raises:
+        UsageError: `path` is a folder or cannot be written.
+        ExportError: writing failed; what was there before stays.
+        MissingExtraError: onnx is not installed.
+    """
+    ir: Any = require_extra("onnx_ir", "onnx")
+    name = Path(path).name
+    size = sum(tensor.nbytes for tensor in _tensors(model))
+    data = f"{name}.data" if size >= EXTERNAL_FROM_BYTES else None
+    if data is None:  # tensors of a loaded model may lie in files whose paths hold for its own folder only
+        model = ir.external_data.load_to_model(model)
+    try:
+        with staged(path) as folder:
+            ir.save(model, folder / name, external_data=data, size_threshold_bytes=SMALL_TENSOR_BYTES)
+    except OSError as exc:
+        raise ExportError(must("path", "be a file that can be written", f"{str(path)!r} ({exc})")) from exc
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    for graph in model.graphs():
+        yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
