@@ -21,6 +21,9 @@ from ..report import Report
 from . import onnx_files, onnx_function
 from .program import export, report_of
 
+# Where an ONNX file keeps its report, as JSON, among the model's metadata.
+REPORT_KEY = "bsa_compile"
+
 
 def export_onnx(
     model: nn.Module,
@@ -65,7 +68,7 @@ def export_onnx(
     program = with_nodes(program)
     exported = _to_onnx(program, opset, input_names, output_names)
     add_functions(exported, functions)
-    exported.metadata_props["bsa_compile"] = report.to_json()
+    exported.metadata_props[REPORT_KEY] = report.to_json()
     onnx_files.save(exported, path)
     return report
 

@@ -23,7 +23,7 @@ from . import onnx_files, onnx_function
 from .onnx_emit import Emitter
 from .onnx_match import Attention, find
 from .onnx_names import all_nodes
-from .onnx_program import add_functions
+from .onnx_program import REPORT_KEY, add_functions
 from .onnx_shapes import complete
 from .onnx_trace import Trace
 
@@ -77,21 +77,20 @@ def rewrite_onnx(
     decider.complain(decisions)
     by_node = {a.node: a for a in found}
     lowered = [(by_node[trace.node_of(d.found.node)], d.lowering) for d in decisions if d.lowering is not None]
+    report = Report(policy=policy.describe(), digest=policy.digest)
+    steps = [_STEP_NOTE] if policy.needs_step else []
+    report.add([], [*(notes if lowered else []), *steps, *decider.notes])
+    report.sites.extend(d.site for d in decisions)
     if lowered:
         replaced: dict[ir.Value, ir.Value] = {}
         for attention, lowering in lowered:
             Emitter(attention, lowering, replaced).replace()
         add_functions(model, onnx_function.functions(model.opset_imports[""]))
         model.ir_version = max(model.ir_version, 8)  # the first that knows functions
+        model.metadata_props[REPORT_KEY] = report.to_json()
         onnx_files.save(model, path_out)
     else:
-        notes = []
         _copy(path_in, path_out)
-    report = Report(policy=policy.describe(), digest=policy.digest)
-    if policy.needs_step:
-        notes.append(_STEP_NOTE)
-    report.add([], [*notes, *decider.notes])
-    report.sites.extend(d.site for d in decisions)
     return report
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import onnx
 import pytest
 import torch
+from onnxruntime import InferenceSession
 
 from bsa_compile.commands import common
 
-from ..export.support import run_python
+from ..export.support import PatchAttention, run_python
 
 GRID = "4,6,8"
 
@@ -55,6 +59,24 @@ def test_the_tiny_checkpoint_leaves_the_process(process, case, tmp_path, kind, c
     assert result.status == 0, result.err
     assert (result.json["rewritten"], result.json["format"]) == (2, kind)
     assert float(run_python(code, path, case)) < 1e-5
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_others_is_rewritten(cli, tmp_path):
+    torch.manual_seed(0)
+    model, x = PatchAttention().eval(), torch.randn(1, 3, 4, 12, 16)
+    dense, sparse = tmp_path / "dense.onnx", tmp_path / "sparse.onnx"
+    torch.onnx.export(model, (x,), dense, dynamo=True, opset_version=20, verbose=False)
+    result = cli("rewrite", dense, "--grid", GRID, "--sparsity", 0, "--output", sparse, "--json")
+    assert result.status == 0, result.err
+    assert (result.json["rewritten"], result.json["dense"]) == (1, 0)
+    outputs = [InferenceSession(path).run(None, {"x": x.numpy()})[0] for path in (dense, sparse)]
+    torch.testing.assert_close(*map(torch.from_numpy, outputs), rtol=1e-5, atol=1e-5)
+    (report,) = (p.value for p in onnx.load(sparse).metadata_props if p.key == "bsa_compile")
+    assert json.loads(report)["rewritten"] == 1
+    again = cli("rewrite", sparse, "--grid", GRID, "--output", sparse)
+    assert again.status == 0
+    assert "0 of 0 attention sites" in again.out
 
 
 def test_bad_input_is_one_line(cli, tmp_path):
