@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_show(command("show", "draw a block mask, one panel per head"))
     _add_export(command("export", "write a checkpoint as a block-sparse ONNX file, torch.export program or package"))
     _add_rewrite(command("rewrite", "make the self-attention of an ONNX file block-sparse"))
+    _add_generate(command("generate", "make a video from a prompt, a picture or a video"))
     return parser
 
 
@@ -191,6 +192,37 @@ def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid of its self-attention")
     parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file; may be the input")
     _add_policy(parser)
+    _add_json(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", "--model-path", metavar="FOLDER", help="LongCat-Video's: tokenizer, text_encoder, vae, dit, ...")
+    add("--prompt", required=True, help="what is to be seen")
+    add("--negative-prompt", help="what is not, for guidance")
+    add("--output", "--output-path", required=True, metavar="FILE", help=".mp4 or .gif, with its report in .json")
+    add("--task", choices=("t2v", "i2v", "continuation"), default="t2v", help="default: t2v")
+    add("--image", metavar="FILE", help="the first frame, for i2v")
+    add("--video", metavar="FILE", help="what to continue, for continuation")
+    add("--height", type=_positive, metavar="PIXELS", help="of the result (default: what the model was trained at)")
+    add("--width", type=_positive, metavar="PIXELS", help="likewise")
+    add("--num-frames", type=_positive, metavar="N", help="at 15 per second, 1 + a multiple of 4 (default: 93)")
+    add("--num-inference-steps", type=_positive, metavar="N", help="default: 50, or 16 with --distill")
+    add("--guidance-scale", type=float, metavar="G", help="of CFG-zero* (default: 4; none with --distill)")
+    add("--seed", type=_seed, metavar="N", help="of the noise (default: 0)")
+    add("--refine", action="store_true", help="make a smaller video and refine it, block-sparse")
+    add("--refine-steps", type=_positive, metavar="N", help="schedule whose part below 0.5 runs (default: 50)")
+    add("--distill", action="store_true", help="the distilled model: few steps, no guidance")
+    add("--fps", type=_positive, metavar="N", help="15 (default), or with --refine 30: refine in time as well")
+    add("--num-segments", type=_positive, metavar="N", help="continue the video N - 1 times (default: 1)")
+    add("--num-cond-frames", type=_positive, metavar="N", help="frames a continuation looks at (default: 13)")
+    add("--policy", metavar="FILE", help='JSON of a BSAPolicy, or of one for "base", "refine" or both')
+    add("--config", metavar="FILE", help="JSON of a LongCatPipelineConfig")
+    add("--low-memory", action="store_true", help="keep on the device only what runs; tile the VAE")
+    add("--resume", action="store_true", help="go on from an interrupted run of the same command")
+    add("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, bfloat16 on a GPU)")
+    _add_device(parser)
+    _add_backend(parser)
     _add_json(parser)
 
 

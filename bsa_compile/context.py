@@ -2,7 +2,8 @@
 
 `step` is read by `optimize`d models before they enter compiled code, so that every step finds the code of its own
 policy. `latent_grid` is read by the traced code itself, so that Dynamo guards on the three numbers: a ContextVar read
-while compiling would be baked in and never looked at again.
+while compiling would be baked in and never looked at again. `optimize`d models read it as well before they enter
+compiled code, because Dynamo does not show it to what activation checkpointing hides in a graph of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .errors import PolicyError, must
 from .grid import TokenGrid
@@ -64,6 +65,14 @@ def _plain_attention_arguments(
     if attn_mask is not None or is_causal or dropout_p != 0.0:
         return None
     return query, key, value, scale
+
+
+def current_grid() -> TokenGrid | None:
+    """The grid of the innermost `latent_grid` block, or None."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, latent_grid):
+            return TokenGrid(mode.t, mode.h, mode.w)
+    return None
 
 
 class latent_grid(TorchFunctionMode):

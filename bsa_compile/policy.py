@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -46,9 +47,10 @@ def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = 
     if value is None:
         return None
     constraint = f"be a number in {'(' if low_open else '['}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise PolicyError(must(name, constraint, repr(value)))
-    number = float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not hasattr(value, "__float__") else float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # a huge integer, an array of several numbers
+        number = math.nan
     if not math.isfinite(number) or not low <= number <= high or (low_open and number == low):
         raise PolicyError(must(name, constraint, repr(value)))
     return number + 0.0  # -0.0 means 0.0 and must not give another digest
@@ -93,7 +95,7 @@ class Rule:
         module: glob over the module path, for example `blocks.0.attn` or `blocks.*`.
         role: one role or several of `self`, `cond`, `noise`, `cached`.
         resolution: `(low, high)`: short side in pixels, low <= side < high; None leaves a bound open.
-        steps: `(start, stop)`: denoising step index, start <= index < stop; needs `bsa_compile.step`.
+        steps: `(start, stop)`: denoising step index, start <= index < stop, None likewise; needs `bsa_compile.step`.
 
     Overrides:
         dense: True keeps the site dense (no other override may be given).
@@ -119,6 +121,8 @@ class Rule:
         if self.module is not None and not isinstance(self.module, str):
             raise PolicyError(must("rule module", "be a glob over module paths", repr(self.module)))
         if self.role is not None:
+            if not isinstance(self.role, (str, Sequence)):
+                raise PolicyError(must("rule role", "be one role or a list of roles", repr(self.role)))
             roles = (self.role,) if isinstance(self.role, str) else tuple(self.role)
             for role in roles:
                 if role not in ROLES:
@@ -128,6 +132,8 @@ class Rule:
             set_(self, "role", tuple(sorted(set(roles), key=ROLES.index)))
         for name in ("resolution", "steps"):
             set_(self, name, _range(f"rule {name}", getattr(self, name)))
+        if self.resolution == (0, None):  # every resolution, while the same steps still ask for a known step
+            set_(self, "resolution", None)
         if not isinstance(self.dense, bool):
             raise PolicyError(must("rule dense", "be true or false", repr(self.dense)))
         set_(self, "sparsity", _number("rule sparsity", self.sparsity, 0, 1))
@@ -135,6 +141,8 @@ class Rule:
         for name in ("chunk_3d_shape_q", "chunk_3d_shape_k"):
             if getattr(self, name) is not None:
                 set_(self, name, _chunk(f"rule {name}", getattr(self, name)))
+        if not isinstance(self.name, str):
+            raise PolicyError(must("rule name", "be a text", repr(self.name)))
         overrides = any(getattr(self, name) is not None for name in _PARAMETERS)
         if self.dense == overrides:
             raise PolicyError(
@@ -159,8 +167,9 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object of the fields that are set."""
-        data = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {k: v for k, v in data.items() if v is not None and v is not False and v != ""}
+        return {
+            f.name: _plain(value) for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rule:
@@ -172,10 +181,9 @@ class Rule:
 def _range(name: str, value: Any) -> tuple[int | None, int | None] | None:
     if value is None:
         return None
-    try:
-        low, high = value
-    except (TypeError, ValueError):
-        raise PolicyError(must(name, "be a pair (low, high)", repr(value))) from None
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise PolicyError(must(name, "be a pair (low, high)", repr(value)))
+    low, high = value
     for bound in (low, high):
         if bound is not None:
             _count(f"{name} bound", bound)
@@ -183,7 +191,7 @@ def _range(name: str, value: Any) -> tuple[int | None, int | None] | None:
         raise PolicyError(must(name, "have low < high", repr(value)))
     if low is None and high is None:
         raise PolicyError(must(name, "have at least one bound", repr(value)))
-    return (low or None, high)
+    return (None if low == 0 and high is not None else low, high)  # one spelling, or equal rules would differ
 
 
 def _inside(value: int, bounds: tuple[int | None, int | None]) -> bool:
@@ -413,7 +421,7 @@ class BSAPolicy:
             raise PolicyError(must("policy", "be valid JSON", f"an error: {exc}")) from None
         return cls.from_dict(data)
 
-    @property
+    @functools.cached_property  # asked for by guards, at every call of compiled code
     def digest(self) -> str:
         """16 hex digits that change exactly when the policy's meaning does (names of rules have none)."""
         if not self.enabled:

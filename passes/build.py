@@ -17,9 +17,8 @@ from .symbols import Symbols
 class Builder:
     """Builds the rewritten graph modules from the decisions."""
 
-    def __init__(self, decisions: Sequence[Decision], layout: str) -> None:
+    def __init__(self, decisions: Sequence[Decision]) -> None:
         self.decisions = decisions
-        self.layout = layout
 
     def build(self, module: fx.GraphModule, path: tuple[str, ...]) -> fx.GraphModule:
         """`module` with its sites and its subgraphs' sites rewritten; itself if there is none."""
@@ -36,7 +35,7 @@ class Builder:
         symbols = Symbols(result.graph)
         for decision in self.decisions:
             if decision.found.path == path and decision.lowering is not None:
-                Emitter(result.graph, nodes, decision, symbols, self.layout).replace()
+                Emitter(result.graph, nodes, decision, symbols).replace()
         result.recompile()
         return result
 

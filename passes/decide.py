@@ -14,6 +14,7 @@ from ..grid import TokenGrid
 from ..policy import BSAPolicy, SitePolicy, Step
 from ..report import REASONS, Site
 from .grids import Grid, Gridded, Grids, text
+from .known_models import marked_role
 from .layout import Algebra
 from .match import Match
 from .modulepath import module_path, source_line, value
@@ -89,10 +90,8 @@ class Decider:
         whole = [r.origin for r in relations if r.kind in ("tokens", "cached") and r.origin is not None]
         video = any(o.grid for o in whole)
         fitting = set() if video else self._fitting(sites, relations)
-        return [
-            self._decision(found, self._fate(found, relation, video, fitting))
-            for found, relation in zip(sites, relations, strict=True)
-        ]
+        fates = (self._fate(*known, video, fitting) for known in zip(sites, relations, strict=True))
+        return [self._decision(found, _marked(found, fate)) for found, fate in zip(sites, fates, strict=True)]
 
     def complain(self, decisions: Sequence[Decision]) -> None:
         """Raise if the policy wants an error for a site that stays dense against its will.
@@ -296,6 +295,14 @@ class Decider:
     def _where(self, node: fx.Node) -> str:
         path, line = module_path(node, self.prefix) or "<root>", source_line(node)
         return f"at {path}" + (f" ({line})" if line else "")
+
+
+def _marked(found: Found, fate: _Fate) -> _Fate:
+    """Tokens that attend among themselves are cond frames where the model says so: the trace cannot tell."""
+    said = found.match.anchor and found.match.role != AUTO
+    if said or fate.role != "self" or marked_role(found.node) != "cond":
+        return fate
+    return replace(fate, role="cond", gridded=fate.gridded and replace(fate.gridded, role="cond"))
 
 
 def given_grids(argument: Any, context: Any) -> Iterator[tuple[str, TokenGrid]]:

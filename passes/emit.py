@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import strides, tiles
+from . import strides
 from .decide import Decision
 from .modulepath import mode_of, value, value_key
 from .symbols import Symbols
@@ -22,15 +22,12 @@ _NOT_INHERITED = frozenset(
 class Emitter:
     """Replaces one attention call of a copied graph; `nodes` maps the original's nodes to the copy's."""
 
-    def __init__(
-        self, graph: fx.Graph, nodes: dict[fx.Node, fx.Node], decision: Decision, symbols: Symbols, layout: str
-    ) -> None:
+    def __init__(self, graph: fx.Graph, nodes: dict[fx.Node, fx.Node], decision: Decision, symbols: Symbols) -> None:
         self.graph = graph
         self.nodes = nodes
         self.node = node = nodes[decision.found.node]
         self.decision = decision
         self.symbols = symbols
-        self.layout = layout
         self.key = value_key(node) or "val"
         self.match = decision.found.match
         self.original = _output(decision.found.node, self.match.tuple_result)
@@ -59,22 +56,16 @@ class Emitter:
         tile_q, tile_k = list(policy.chunk_3d_shape_q), list(policy.chunk_3d_shape_k)
         q, k, v = (self._operand(self._copied(x), example.dtype) for x in (match.q, match.k, match.v))
         scale = float(match.scale) if match.scale is not None else value(q).shape[3] ** -0.5
-        # Padding by symbolic amounts cannot be traced (aten.constant_pad_nd wants ints): such grids keep their order.
-        layout = self.layout if all(isinstance(g, int) for g in (*grid_q, *grid_k)) else "raster"
-        if layout == "tile":
-            q = tiles.enter(self._call, q, grid_q, tile_q)
-            k, v = (tiles.enter(self._call, x, grid_k, tile_k) for x in (k, v))
         ops, detach = torch.ops.bsa, torch.ops.aten.detach.default
         gate_q, gate_k = self._call(detach, q), self._call(detach, k)  # the selection gets no gradient
-        pooled_q = self._call(ops.pool.default, gate_q, grid_q, tile_q, layout)
-        pooled_k = self._call(ops.pool.default, gate_k, grid_k, tile_k, layout)
+        # The kernels read tiles straight from raster order: reordering tokens would cost a copy of each operand.
+        pooled_q = self._call(ops.pool.default, gate_q, grid_q, tile_q, "raster")
+        pooled_k = self._call(ops.pool.default, gate_k, grid_k, tile_k, "raster")
         selected = self._call(ops.select.default, pooled_q, pooled_k, policy.sparsity, policy.cdf_threshold, scale)
         counts, indices = (self._call(operator.getitem, selected, i) for i in (0, 1))
-        options = (grid_q, tile_q, grid_k, tile_k, scale, layout, policy.attend)
+        options = (grid_q, tile_q, grid_k, tile_k, scale, "raster", policy.attend)
         attended = self._call(ops.attend.default, q, k, v, counts, indices, *options)
         out = self._call(operator.getitem, attended, 0)
-        if layout == "tile":
-            out = tiles.leave(self._call, out, grid_q, tile_q)
         if match.layout == "BSHD":
             out = self._call(torch.ops.aten.transpose.int, out, 1, 2)
         if strides.relied_upon(output, value(out)):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from ..errors import UsageError, must
+from ..errors import PolicyError, UsageError, must
 from ..grid import TokenGrid
 from ..policy import BSAPolicy, Step
 from ..report import Report
@@ -24,8 +24,11 @@ from .transfer_compute import RULES
 
 Graph = TypeVar("Graph", fx.GraphModule, torch.export.ExportedProgram)
 
-LAYOUTS = ("raster", "tile")
-_STEP_NOTE = "rules with steps / dense_steps did not apply: no bsa_compile.step is active"
+_STEP_NOTE = "dense_steps and rules with steps did not apply: no denoising step was given"
+_NESTED_NOTE = (
+    "the grid of a nested graph (activation checkpointing, say) is not known: only in a model made by optimize does "
+    "latent_grid reach it; else give the grid as an argument"
+)
 
 
 def rewrite(
@@ -36,7 +39,6 @@ def rewrite(
     context_grid: TokenGrid | Sequence[int] | None = None,
     step: Step | None = None,
     module_prefix: str = "",
-    layout: str = "raster",
 ) -> tuple[Graph, Report]:
     """Make the self-attention of a captured graph block-sparse.
 
@@ -48,21 +50,26 @@ def rewrite(
         context_grid: the same, from the surrounding code.
         step: the denoising step, for rules that depend on it.
         module_prefix: path of the captured module in the whole model.
-        layout: order in which the ops get their tokens: `raster`, as the graph has them, or `tile`, reordered by views
-            that a compiler can fuse into what comes before (sites with symbolic grids keep `raster`).
 
     Returns:
         The rewritten graph, or the very same object if nothing was rewritten; and what was done at every site.
 
     Raises:
         GridError: sources of the grid disagree, or a grid does not fit its sequence.
+        PolicyError: `policy` is no BSAPolicy.
         SiteError: the policy wants an error for a site that cannot be rewritten.
-        UsageError: `layout` is unknown.
+        UsageError: `graph_module` is no captured graph.
     """
-    if layout not in LAYOUTS:
-        raise UsageError(must("layout", f"be one of {', '.join(LAYOUTS)}", repr(layout)))
+    if not isinstance(graph_module, (fx.GraphModule, torch.export.ExportedProgram)):
+        todo = "Capture the model first, or use bsa_compile.optimize."
+        got = graph_module if isinstance(graph_module, type) else type(graph_module)
+        raise UsageError(must("graph_module", "be an fx.GraphModule or an ExportedProgram", got.__name__, todo))
+    if not isinstance(policy, BSAPolicy):
+        raise PolicyError(must("policy", "be a BSAPolicy", type(policy).__name__))
+    if step is not None and not isinstance(step, Step):
+        raise UsageError(must("step", "be a bsa_compile.policy.Step", repr(step)))
     given = list(given_grids(grid, context_grid))
-    return BlockSparseAttention(policy, given, step=step, module_prefix=module_prefix, layout=layout)(graph_module)
+    return BlockSparseAttention(policy, given, step=step, module_prefix=module_prefix)(graph_module)
 
 
 class BlockSparseAttention:
@@ -94,7 +101,6 @@ class BlockSparseAttention:
         given: grids that the caller gave, by source, in the order of precedence.
         step: the denoising step.
         module_prefix: path of the captured module in the whole model.
-        layout: order of the ops' tokens, `raster` or `tile`.
     """
 
     def __init__(
@@ -104,17 +110,15 @@ class BlockSparseAttention:
         *,
         step: Step | None = None,
         module_prefix: str = "",
-        layout: str = "raster",
     ) -> None:
         self.policy = policy
         self.given = tuple(given)
         self.step = step
         self.module_prefix = module_prefix
-        self.layout = layout
 
     def uuid(self) -> tuple[Any, ...]:
         """What the result depends on besides the graph."""
-        return (self.policy.digest, self.given, self.step, self.module_prefix, self.layout)
+        return (self.policy.digest, self.given, self.step, self.module_prefix)
 
     def __call__(self, graph: Any) -> tuple[Any, Report]:
         """Rewrite a graph; see `rewrite`."""
@@ -138,13 +142,15 @@ class BlockSparseAttention:
         decider = Decider(self.policy, grids, sizes, self.step, self.module_prefix)
         decisions = self._possible(decider.decide(tracer.sites))
         decider.complain(decisions)
-        result = Builder(decisions, self.layout).build(module, ())
+        result = Builder(decisions).build(module, ())
         if result is not module:
             lint.check(result, [d.found.node.name for d in decisions if d.lowering is not None and not d.found.path])
         report = Report(policy=self.policy.describe(), digest=self.policy.digest)
         notes = list(decider.notes)
         if self.policy.needs_step and self.step is None:
             notes.append(_STEP_NOTE)
+        if any(d.found.path and d.site.reason == "unknown_grid" for d in decisions):
+            notes.append(_NESTED_NOTE)
         report.add([], notes)
         report.sites.extend(d.site for d in decisions)
         return result, report

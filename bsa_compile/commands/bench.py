@@ -19,6 +19,7 @@ from bsa_compile.commands import common, console
 from bsa_compile.errors import PolicyError, must
 from bsa_compile.files import check_writable
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
+from bsa_compile.ops.validate import check_head_dim
 from bsa_compile.timing import Timing, measure, timed
 
 TEXT_TOKENS = 16
@@ -53,6 +54,7 @@ def bench_attention(args: argparse.Namespace, device: torch.device) -> dict[str,
     sizes = {
         name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
     }
+    check_head_dim(sizes["head_dim"])
     grid, dtype = common.check_grid(args.grid or common.GRIDS[device.type]), common.DTYPES[sizes["dtype"]]
     policy = common.chosen_policy(args)
     site = policy.resolve(module="", role="self", grid_q=grid.shape, grid_k=grid.shape)

@@ -25,6 +25,7 @@ from bsa_compile.report import Site
 TINY_CHECKPOINT = Path(bsa_compile.__file__).parent / "data" / "tiny_longcat"
 # What to run where nothing is said: what a CPU does in seconds, and LongCat's 720p refinement on a GPU.
 GRIDS = {"cpu": (12, 30, 36), "cuda": (24, 44, 80)}
+MAX_TOKENS = 1 << 26  # some hundred times LongCat's longest video; torch cannot hold the sizes of far more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,7 +104,7 @@ def resolve_backend(name: str, device: torch.device) -> tuple[str, str]:
         UnsupportedError: inductor was asked for and lacks its compiler.
     """
     if name not in ("auto", "inductor"):
-        if name not in torch._dynamo.list_backends(exclude_tags=()):
+        if name not in torch._dynamo.list_backends(exclude_tags=()) or name == "bsa":  # which runs inside already
             raise UsageError(must("--backend", "be auto or a backend that torch.compile knows", repr(name)))
         return name, ""
     lacking = _inductor_lacks(device)
@@ -140,7 +141,11 @@ def check_grid(grid: tuple[int, int, int], cond: int = 0) -> TokenGrid:
     """A validated grid, of which `cond` frames are given."""
     if not 0 <= cond <= grid[0]:
         raise UsageError(must("--cond", f"lie in 0..{grid[0]}, the grid's frames", cond))
-    return TokenGrid.of(grid)
+    checked = TokenGrid.of(grid)
+    if checked.num_tokens > MAX_TOKENS:
+        got = f"{checked.num_tokens:,}"
+        raise UsageError(must("--grid", f"hold at most {MAX_TOKENS:,} tokens", got, "Give a smaller grid."))
+    return checked
 
 
 def latent_shape(config: LongCatConfig, grid: TokenGrid) -> tuple[int, int, int, int, int]:

@@ -11,7 +11,7 @@ from bsa_compile.commands import common, console
 
 EXTRAS = {
     "viz": ("matplotlib",),
-    "longcat": ("diffusers", "transformers"),
+    "longcat": ("diffusers", "transformers", "av", "ftfy"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 DEVICE_FACTS = {

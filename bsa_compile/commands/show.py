@@ -18,6 +18,7 @@ from bsa_compile.files import check_writable
 from bsa_compile.grid import TokenGrid, num_tiles
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.rope import rope_tables, rotate
+from bsa_compile.ops.validate import check_head_dim
 from bsa_compile.policy import BSAPolicy
 from bsa_compile.report import REASONS
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     with console.Progress(2) as progress:
         if args.checkpoint is None:
             progress("making queries and keys")
+            check_head_dim(args.head_dim)
             policy = common.chosen_policy(args)
             check_size(args.heads, grid, policy)
             inputs = structured_inputs(grid, args.heads, args.head_dim, args.seed, device)

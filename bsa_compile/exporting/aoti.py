@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,29 @@ def package(
         except Exception as exc:  # inductor raises what its code generation and the C++ compiler raise
             reason = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
             raise ExportError(must("program", "compile with AOTInductor", reason)) from exc
+        _check_linkage(Path(made))
         os.replace(made, folder / path.name)
     return path
+
+
+def _check_linkage(path: Path) -> None:
+    """Refuse a CUDA package that would crash its loader.
+
+    Where the C++ compiler finds no shared libstdc++ to link, the package's library holds one of its own, whose symbols
+    clash with PyTorch's: constructing the CUDA runner then ends in a segmentation fault inside std::regex. Seen on an
+    H100 with torch 2.11, for a package of a single nn.Linear as well.
+
+    Raises:
+        ExportError: the library does not depend on libstdc++.
+    """
+    if _metadata(path).get("AOTI_DEVICE_KEY") != "cuda":
+        return
+    with zipfile.ZipFile(path) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        if all(b"libstdc++.so" in archive.read(name) for name in libraries):
+            return
+    todo = "Install the compiler's libstdc++.so and package again: PyTorch crashes on loading such packages."
+    raise ExportError(must("the C++ compiler", "link libstdc++ dynamically", "a library that contains it", todo))
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..adapters import adapter_for
 from ..api import OptimizedModel
-from ..backend import effective_policy, log_enabled
+from ..backend import effective_policy, log_enabled, starts_enabled
 from ..context import current_step
 from ..errors import BSACompileError, ExportError, GridError, PolicyError, UsageError, must
 from ..files import staged
@@ -69,9 +69,7 @@ def export(
         )
     if policy is not None and not isinstance(policy, BSAPolicy):
         raise PolicyError(must("policy", "be a BSAPolicy", type(policy).__name__))
-    policy = effective_policy(policy, model)
-    if getattr(model, "bsa_enabled", None) is False:
-        policy = BSAPolicy.dense()
+    policy = effective_policy(policy, model) if starts_enabled(policy, model) else BSAPolicy.dense()
     log_enabled(policy, "export")
     program = _capture(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
     given = None if grid is None else TokenGrid.of(grid)

@@ -1,8 +1,9 @@
 """A stand-in with the interface of the official LongCat-Video module: its class and method names, nothing else of it.
 
 Like the official one it cannot attend by itself here, hides attention from Dynamo, keeps a numpy RoPE table per grid,
-and packs the valid text tokens of a batch behind each other. Its classes live in a module called `longcat_video...`, by
-which the adapter knows them.
+and packs the valid text tokens of a batch behind each other. Its block calls `forward_with_kv_cache` past the
+attention's `__call__`, and its switch sets a flag on every block's attention. Its classes bear the official modules'
+names, by which the adapter knows them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class RotaryPositionalEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, enable_bsa=False, bsa_params=None):
         super().__init__()
         self.num_heads, self.head_dim = heads, dim // heads
-        self.enable_bsa = True
+        self.enable_bsa, self.bsa_params = enable_bsa, bsa_params
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.rope_3d = RotaryPositionalEmbedding()
 
@@ -88,9 +89,9 @@ class MultiHeadCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, enable_bsa, bsa_params):
         super().__init__()
-        self.attn, self.cross_attn = Attention(dim, heads), MultiHeadCrossAttention(dim, heads)
+        self.attn, self.cross_attn = Attention(dim, heads, enable_bsa, bsa_params), MultiHeadCrossAttention(dim, heads)
 
     def forward(self, x, y, lengths, shape, num_cond_latents, return_kv, kv_cache):
         if kv_cache is not None:
@@ -103,12 +104,24 @@ class Block(nn.Module):
 
 
 class LongCatVideoTransformer3DModel(nn.Module):
-    def __init__(self, dim=32, heads=2, depth=2):
+    def __init__(self, dim=32, heads=2, depth=2, **config):
         super().__init__()
+        # As diffusers keeps it: the signature's defaults are filled in, and which those were is told.
+        defaults = {"enable_bsa": False, "bsa_params": None}
+        self.config = {**defaults, **config, "_use_default_values": [n for n in defaults if n not in config]}
         self.patch_size, self.cp_split_hw = (1, 2, 2), [1, 1]
         self.proj_in = nn.Conv3d(4, dim, (1, 2, 2), (1, 2, 2))
         self.text = nn.Linear(CAPTION, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        asked = (self.config["enable_bsa"], self.config["bsa_params"])
+        self.blocks = nn.ModuleList(Block(dim, heads, *asked) for _ in range(depth))
+
+    def enable_bsa(self):
+        for block in self.blocks:
+            block.attn.enable_bsa = True
+
+    def disable_bsa(self):
+        for block in self.blocks:
+            block.attn.enable_bsa = False
 
     def forward(
         self,
@@ -134,8 +147,13 @@ class LongCatVideoTransformer3DModel(nn.Module):
         return (x, caches) if return_kv else x
 
 
-for cls in (RotaryPositionalEmbedding, Attention, MultiHeadCrossAttention, Block, LongCatVideoTransformer3DModel):
-    cls.__module__ = "longcat_video.modules.stand_in"
+for name, classes in {
+    "attention": (Attention, MultiHeadCrossAttention),
+    "rope_3d": (RotaryPositionalEmbedding,),
+    "longcat_video_dit": (Block, LongCatVideoTransformer3DModel),
+}.items():
+    for cls in classes:
+        cls.__module__ = f"longcat_video.modules.{name}"
 
 
 def attend_with(model: nn.Module, self_attention) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,15 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import bsa_compile
 from bsa_compile.backend import BSABackend
 from bsa_compile.errors import PolicyError
-from bsa_compile.policy import BSAPolicy
+from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
+from bsa_compile.policy import BSAPolicy, Rule
 
-from .support import CountCompiles, make_inputs, relative_error, run_reference
+from .support import CountCompiles, make_inputs, make_longcat, relative_error, run_reference
 
 POLICY = BSAPolicy(sparsity=0.6, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
+CONFIGURED = BSAPolicy(sparsity=0.5, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
+OFF = BSAPolicy(**{**POLICY.to_dict(), "enabled": False})
+PARAMS = {"sparsity": 0.5, "chunk_3d_shape_q": [2, 3, 4], "chunk_3d_shape_k": [2, 2, 4]}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,12 +51,11 @@ def door(model, policy=POLICY, **options):
 
 
 def test_the_models_configuration_and_its_switch_count(longcat, caplog):
-    longcat.bsa_params = {"sparsity": 0.5, "chunk_3d_shape_q": [2, 3, 4], "chunk_3d_shape_k": [2, 2, 4]}
+    longcat.bsa_params = PARAMS
     inputs, fast = make_inputs(), door(longcat, policy=None)
-    configured = BSAPolicy(sparsity=0.5, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
     with torch.no_grad(), caplog.at_level(logging.INFO, logger="bsa_compile"):
         sparse = fast(*inputs)
-        assert relative_error(sparse, run_reference(longcat, configured, *inputs)) < 1e-5
+        assert relative_error(sparse, run_reference(longcat, CONFIGURED, *inputs)) < 1e-5
         assert "Enabling Block Sparse Attention (BSA): sparsity=0.5" in caplog.text
         longcat.disable_bsa()
         assert relative_error(fast(*inputs), longcat(*inputs)) < 1e-6
@@ -64,21 +69,171 @@ def test_the_models_configuration_and_its_switch_count(longcat, caplog):
         assert compiles.count == 0
 
 
+class Wrapper(nn.Module):
+    """A model inside another module, beside one that has no say."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.bystander = make_longcat()
+        self.bystander.bsa_params = {"sparsity": 0.9}
+        self.inner = model
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+class Pipeline:
+    """Holds a model without being a module itself."""
+
+    def __init__(self, model):
+        self.transformer = model
+
+    def predict(self, *args):
+        return self.transformer(*args)
+
+
+def in_a_function(model):
+    return lambda *args: model(*args)
+
+
+def with_a_graph_break(model):
+    """Its blocks are compiled one by one: no compiled code knows the model that they are of."""
+    model.blocks[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    return model
+
+
+def with_a_graph_break_before_attention(model):
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    return model
+
+
+ROOTS = {
+    "wrapper": Wrapper,
+    "method": lambda model: model.forward,
+    "function": in_a_function,
+    "pipeline": lambda model: Pipeline(model).predict,
+    "graph_break": with_a_graph_break,
+    "graph_break_in_wrapper": lambda model: Wrapper(with_a_graph_break(model)),
+    "graph_break_before_attention": with_a_graph_break_before_attention,
+}
+
+
+@pytest.mark.filterwarnings("error:enable_bsa was asked for")  # which says that attention ran dense
+@pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS.keys())
+def test_the_model_is_found_where_the_compiled_code_is_not_its_own(longcat, root):
+    longcat.bsa_params = PARAMS
+    inputs, fast = make_inputs(), door(root(longcat), policy=None, grid=(4, 6, 10))
+    with torch.no_grad():
+        want, dense = run_reference(longcat, CONFIGURED, *inputs), longcat(*inputs)
+        assert relative_error(fast(*inputs), want) < 1e-5
+        assert bsa_compile.last_report().notes == []
+        longcat.disable_bsa()
+        assert relative_error(fast(*inputs), dense) < 1e-6
+        longcat.enable_bsa()
+        assert relative_error(fast(*inputs), want) < 1e-5
+        with CountCompiles() as compiles:
+            longcat.disable_bsa()
+            assert relative_error(fast(*inputs), dense) < 1e-6
+            longcat.enable_bsa()
+            assert relative_error(fast(*inputs), want) < 1e-5
+        assert compiles.count == 0
+
+
+def test_models_that_ask_for_different_things_in_one_graph(longcat):
+    other = make_longcat(seed=1)
+    longcat.bsa_params = PARAMS
+    inputs = make_inputs()
+
+    def both(*args):
+        return longcat(*args) + other(*args)
+
+    with torch.no_grad():
+        door(both, policy=None)(*inputs)
+    assert any("LongCatVideoTransformer3DModel counts" in note for note in bsa_compile.last_report().notes)
+
+
+def test_a_model_that_cannot_be_told_is_reported():
+    def attend(q):
+        return bsa_compile.attention(q, q, q, grid_q=(2, 2, 2))
+
+    door(attend, policy=None)(torch.randn(1, 1, 8, 16))
+    assert any("configuration was not seen" in note for note in bsa_compile.last_report().notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "switch", "policy", "sparse", "said"),
+    [
+        ({"enable_bsa": True}, None, None, CONFIGURED, ""),
+        ({"enable_bsa": False}, None, None, None, "enable_bsa is false in the model's configuration"),
+        ({}, None, None, CONFIGURED, ""),
+        ({"enable_bsa": False}, "enable_bsa", None, CONFIGURED, "it overrides enable_bsa: false"),
+        ({"enable_bsa": False}, None, POLICY, POLICY, "the policy argument overrides enable_bsa: false"),
+        ({"enable_bsa": True}, "disable_bsa", POLICY, None, "disable_bsa() was called on the model: it overrides"),
+        ({"enable_bsa": True}, None, BSAPolicy.dense(), None, ""),
+        ({"enable_bsa": False}, "enable_bsa", OFF, POLICY, "it overrides the policy argument, which is disabled"),
+    ],
+    ids=[
+        "true",
+        "false",
+        "silent",
+        "false, enabled",
+        "false, policy",
+        "true, disabled, policy",
+        "true, dense policy",
+        "false, enabled, dense policy",
+    ],
+)
+def test_run_time_calls_over_the_policy_argument_over_the_configuration(
+    longcat, config, switch, policy, sparse, said, caplog
+):
+    model = LongCatVideoTransformer3DModel(dataclasses.replace(longcat.config, **config, bsa_params=PARAMS)).eval()
+    model.load_state_dict(longcat.state_dict())
+    if switch:
+        getattr(model, switch)()
+    inputs = make_inputs()
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="bsa_compile"):
+        out = door(model, policy=policy)(*inputs)
+        want = longcat(*inputs) if sparse is None else run_reference(longcat, sparse, *inputs)
+    assert relative_error(out, want) < 1e-5
+    assert said in caplog.text
+    assert ("overrides enable_bsa" in caplog.text) == ("overrides enable_bsa" in said or policy is OFF)
+
+
+@pytest.mark.parametrize("cond", [1, 4])
 @pytest.mark.parametrize("policy", [POLICY, POLICY.to_dict()], ids=["object", "json"])
-def test_cond_latents_and_cache_through_the_trace(longcat, policy):
+def test_cond_latents_and_cache_through_the_trace(longcat, policy, cond):
     latents, timestep, text = make_inputs((6, 6, 10))
     per_frame = timestep[:, None].expand(1, 6).clone()
-    per_frame[:, :2] = 0
+    per_frame[:, :cond] = 0
     fast = door(longcat, policy=policy)
     with torch.no_grad():
-        whole = fast(latents, per_frame, text, num_cond_latents=2)
+        whole = fast(latents, per_frame, text, num_cond_latents=cond)
         assert {s.role for s in bsa_compile.last_report().rewritten} == {"cond", "noise"}
-        want = run_reference(longcat, POLICY, latents, per_frame, text, num_cond_latents=2)
+        want = run_reference(longcat, POLICY, latents, per_frame, text, num_cond_latents=cond)
         assert relative_error(whole, want) < 1e-5
-        _, cache = fast(latents[:, :, :2], per_frame[:, :2], text, return_kv=True, skip_crs_attn=True)
-        cached = fast(latents[:, :, 2:], per_frame[:, 2:], text, num_cond_latents=2, kv_cache_dict=cache)
+        first = latents[:, :, :cond], per_frame[:, :cond], text
+        _, cache = fast(*first, return_kv=True, skip_crs_attn=True)
+        assert [(s.role, s.reason) for s in bsa_compile.last_report().sites] == [("cond", "rewritten")] * 2
+        cached = fast(latents[:, :, cond:], per_frame[:, cond:], text, num_cond_latents=cond, kv_cache_dict=cache)
     assert {s.role for s in bsa_compile.last_report().rewritten} == {"cached"}
-    assert relative_error(cached, whole[:, :, 2:]) < 1e-5
+    assert relative_error(cached, whole[:, :, cond:]) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("cond", [1, 4])
+def test_rules_for_cond_frames_meet_their_encoding(longcat, cond, checkpointing):
+    policy = BSAPolicy(**{**POLICY.to_dict(), "rules": [Rule(role="cond", sparsity=0.8)]})
+    expected = BSAPolicy(**{**POLICY.to_dict(), "sparsity": 0.8})
+    longcat.gradient_checkpointing = checkpointing
+    latents, timestep, text = make_inputs((cond, 6, 10))
+    with torch.set_grad_enabled(checkpointing):
+        out, cache = door(longcat, policy=policy)(latents, timestep, text, return_kv=True)
+        want, want_cache = run_reference(longcat, expected, latents, timestep, text, return_kv=True)
+    sites = [(s.role, s.sparsity, s.detail) for s in bsa_compile.last_report().rewritten]
+    assert sites == [("cond", 0.8, "rule 0")] * 2
+    assert relative_error(out.detach(), want.detach()) < 1e-5
+    assert relative_error(cache[1][0].detach(), want_cache[1][0].detach()) < 1e-5
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -12,19 +13,20 @@ from torch import nn
 import bsa_compile
 from bsa_compile import reference
 from bsa_compile.errors import UnsupportedError
-from bsa_compile.policy import BSAPolicy
+from bsa_compile.policy import BSAPolicy, Rule
 
 from .official_stand_in import LongCatVideoTransformer3DModel as Official
 from .official_stand_in import attend_with
-from .support import CAPTION, make_inputs, reference_attention, relative_error
+from .support import CAPTION, CountCompiles, make_inputs, reference_attention, relative_error
 
 POLICY = BSAPolicy(sparsity=0.6, chunk_3d_shape_q=(2, 3, 4), chunk_3d_shape_k=(2, 2, 4))
+REGIONAL = pytest.mark.parametrize("regional", [None, False], ids=["default", "whole"])
 
 
-def official(policy, seed=0):
+def official(policy, seed=0, **config):
     """The stand-in, and a copy whose attention is the reference's under `policy` (None: dense)."""
     torch.manual_seed(seed)
-    model = Official().eval()
+    model = Official(**config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
@@ -33,7 +35,7 @@ def official(policy, seed=0):
     def attend(q, k, v, shape):
         area = shape[1] * shape[2]
         grid_q, grid_k = ((x.shape[2] // area, *shape[1:]) for x in (q, k))
-        if policy is None:
+        if policy is None or grid_q[0] == 0:
             return F.scaled_dot_product_attention(q, k, v)
         return reference_attention(policy)(q, k, v, grid_q=grid_q, grid_k=grid_k, role="")
 
@@ -46,7 +48,7 @@ def official(policy, seed=0):
     return model, expected
 
 
-@pytest.mark.parametrize("regional", [None, False], ids=["default", "whole"])
+@REGIONAL
 def test_the_official_module_runs_block_sparse_as_it_stands(regional):
     model, expected = official(POLICY)
     latents, timestep, text = make_inputs((4, 6, 10), batch=2)
@@ -75,6 +77,128 @@ def test_the_official_modules_cond_latents_and_cache(cond):
         want = expected(latents[:, :, cond:], timestep, text, num_cond_latents=cond, kv_cache_dict=want_cache)
     assert relative_error(cached, want) < 1e-5
     assert {s.role for s in fast.report.rewritten} == {"cond", "noise", "cached"}
+
+
+@REGIONAL
+def test_rules_by_path_meet_the_official_modules_cached_calls(regional):
+    """Its block calls `attn.forward_with_kv_cache` past `attn.__call__`, where a trace takes the module's path from."""
+    policy = BSAPolicy(**{**POLICY.to_dict(), "rules": [Rule(module="blocks.*.attn", sparsity=0.8)]})
+    model, expected = official(BSAPolicy(**{**POLICY.to_dict(), "sparsity": 0.8}))
+    latents, timestep, text = make_inputs((6, 6, 10))
+    before = [(type(b.attn), dict(b.attn.__dict__)) for b in model.blocks]
+    fast = bsa_compile.optimize(model, policy, backend="eager", regional=regional)
+    with torch.no_grad():
+        _, cache = fast(latents[:, :, :2], timestep, text, return_kv=True)
+        cached = fast(latents[:, :, 2:], timestep, text, num_cond_latents=2, kv_cache_dict=cache)
+        _, want_cache = expected(latents[:, :, :2], timestep, text, return_kv=True)
+        want = expected(latents[:, :, 2:], timestep, text, num_cond_latents=2, kv_cache_dict=want_cache)
+    sites = {(s.module, s.role, s.sparsity, s.detail) for s in fast.report.sites}
+    assert sites == {(f"blocks.{i}.attn", role, 0.8, "rule 0") for i in range(2) for role in ("cond", "cached")}
+    assert relative_error(cached, want) < 1e-5
+    assert [(type(b.attn), b.attn.__dict__) for b in model.blocks] == before
+
+
+@REGIONAL
+def test_the_official_module_with_cond_latents_alone(regional):
+    model, expected = official(POLICY)
+    latents, timestep, text = make_inputs((2, 6, 10))
+    fast = bsa_compile.optimize(model, POLICY, backend="eager", regional=regional)
+    with torch.no_grad():
+        out = fast(latents, timestep, text, num_cond_latents=2)
+        assert relative_error(out, expected(latents, timestep, text, num_cond_latents=2)) < 1e-5
+    assert [(s.module, s.role) for s in fast.report.rewritten] == [("blocks.0.attn", "cond"), ("blocks.1.attn", "cond")]
+
+
+@REGIONAL
+def test_the_official_module_is_switched_off_and_on(regional):
+    model, expected = official(POLICY)
+    _, dense = official(None)
+    inputs = make_inputs((4, 6, 10))
+    fast = bsa_compile.optimize(model, POLICY, backend="eager", regional=regional)
+    with torch.no_grad():
+        sparse = fast(*inputs)
+        assert relative_error(sparse, expected(*inputs)) < 1e-5
+        fast.disable_bsa()
+        off = fast(*inputs)
+        assert relative_error(off, dense(*inputs)) < 1e-5
+        with CountCompiles() as compiles:
+            fast.enable_bsa()
+            assert torch.equal(fast(*inputs), sparse)
+            fast.disable_bsa()
+            assert torch.equal(fast(*inputs), off)
+        assert compiles.count == 0
+    assert not any(block.attn.enable_bsa for block in model.blocks)  # nobody switched the model passed in
+
+
+PARAMS = {"sparsity": 0.6, "chunk_3d_shape_q": [2, 3, 4], "chunk_3d_shape_k": [2, 2, 4]}  # those of POLICY
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "policy", "sparse"),
+    [
+        ({"enable_bsa": True}, None, None, True),
+        ({"enable_bsa": True}, "disable_bsa", None, False),
+        ({"enable_bsa": True}, "disable_bsa", POLICY, False),
+        ({"enable_bsa": False}, None, None, False),
+        ({"enable_bsa": False}, None, POLICY, True),
+        ({"enable_bsa": False}, "enable_bsa", None, True),
+        ({}, None, None, True),
+        ({}, "enable_bsa", None, True),
+    ],
+    ids=[
+        "true",
+        "true, disabled",
+        "true, disabled, policy",
+        "false",
+        "false, policy",
+        "false, enabled",
+        "silent",
+        "silent, enabled",
+    ],
+)
+def test_what_the_official_model_asks_for_counts(config, call, policy, sparse):
+    """Its switch is a flag on every block's attention, to compare with its configuration."""
+    model, expected = official(POLICY, **config, bsa_params=PARAMS)
+    if call:
+        getattr(model, call)()
+    inputs = make_inputs((4, 6, 10))
+    fast = bsa_compile.optimize(model, policy, backend="eager")
+    with torch.no_grad():
+        fast(*inputs)
+        assert len(fast.report.rewritten) == (2 if sparse else 0)
+        fast.enable_bsa()
+        assert relative_error(fast(*inputs), expected(*inputs)) < 1e-5
+    assert len(fast.report.rewritten) == 2
+
+
+def test_blocks_of_the_official_model_switched_apart_are_told(caplog):
+    model, _ = official(POLICY, enable_bsa=True)
+    model.blocks[0].attn.enable_bsa = False
+    with caplog.at_level(logging.INFO, logger="bsa_compile"):
+        bsa_compile.optimize(model, POLICY, backend="eager")
+    assert "enable_bsa differs among the model's blocks" in caplog.text
+
+
+@REGIONAL
+def test_bad_calls_of_the_official_module_get_its_own_errors(regional):
+    model, _ = official(POLICY)
+    latents, timestep, text = make_inputs((4, 6, 10))
+    fast = bsa_compile.optimize(model, POLICY, backend="eager", regional=regional)
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'hidden_states'"):
+            fast(timestep=timestep, encoder_hidden_states=text)
+        with pytest.raises(Exception, match=r"zip\(\) argument 2 is longer") as info:
+            fast(latents[:, :, 0], timestep, text)
+    assert "adapters.py" not in {entry.path.name for entry in info.traceback}
+
+
+def test_other_variants_of_the_official_module_are_refused(monkeypatch):
+    """The avatar model's attention has the same name, and other kinds of calls."""
+    model, _ = official(POLICY)
+    avatar = "longcat_video.modules.avatar.attention"
+    monkeypatch.setattr(type(model.blocks[0].attn), "__module__", avatar)
+    with pytest.raises(UnsupportedError, match=rf"{avatar}\.Attention.*bsa_compile\.attention"):
+        bsa_compile.optimize(model, POLICY)
 
 
 def test_the_official_context_parallelism_is_refused():

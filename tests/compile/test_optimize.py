@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import bsa_compile
-from bsa_compile.errors import GridError, PolicyError, SiteError, UnsupportedError, UsageError
+from bsa_compile.errors import GridError, InputError, PolicyError, SiteError, UnsupportedError, UsageError
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel, dense_attention
 from bsa_compile.policy import BSAPolicy, Rule
 
@@ -119,6 +120,88 @@ def test_the_policy_can_be_replaced_and_taken_back(longcat):
         fast.set_policy({"sparsity": 0.5})
 
 
+DENSE = BSAPolicy.dense()
+OTHER = BSAPolicy(**{**POLICY.to_dict(), "sparsity": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy", "calls", "runs", "says"),
+    [
+        (None, DENSE, [], DENSE, "off (optimize: the policy is disabled)"),
+        (None, DENSE, [("set_policy", OTHER)], OTHER, "sparsity=0.2"),
+        (None, DENSE, ["enable_bsa"], BSAPolicy(), "enable_bsa() overrides the policy, which is disabled"),
+        (None, POLICY, [("set_policy", DENSE)], DENSE, "off (set_policy: the policy is disabled)"),
+        (None, POLICY, ["enable_bsa", ("set_policy", DENSE)], DENSE, "off (set_policy: the policy is disabled)"),
+        (None, POLICY, [("set_policy", DENSE), "enable_bsa"], BSAPolicy(), "enable_bsa() overrides the policy"),
+        (None, POLICY, [("set_policy", DENSE), ("set_policy", OTHER)], OTHER, "sparsity=0.2"),
+        (None, POLICY, ["disable_bsa", ("set_policy", OTHER)], DENSE, "off (set_policy: disable_bsa() stays in force"),
+        (None, POLICY, ["disable_bsa", ("set_policy", OTHER), "enable_bsa"], OTHER, "sparsity=0.2"),
+        (
+            "enable_bsa",
+            DENSE,
+            [],
+            BSAPolicy(),
+            "enable_bsa() was called on the model: it overrides the policy argument",
+        ),
+        ("enable_bsa", POLICY, [], POLICY, "sparsity=0.6"),
+        ("disable_bsa", DENSE, [], DENSE, "off (optimize"),
+        ("disable_bsa", POLICY, [], DENSE, "disable_bsa() was called on the model: it overrides the policy"),
+        ("disable_bsa", POLICY, [("set_policy", OTHER)], DENSE, "disable_bsa() stays in force"),
+        ("disable_bsa", DENSE, ["enable_bsa"], BSAPolicy(), "overrides the policy, which is disabled"),
+    ],
+)
+def test_switch_and_policy_in_any_order(longcat, caplog, asked, policy, calls, runs, says):
+    if asked:
+        getattr(longcat, asked)()
+    with caplog.at_level(logging.INFO, logger="bsa_compile"):
+        fast = bsa_compile.optimize(longcat, policy, backend="eager")
+        for call in calls:
+            if isinstance(call, str):
+                getattr(fast, call)()
+            else:
+                getattr(fast, call[0])(*call[1:])
+    with torch.no_grad():
+        fast(*make_inputs())
+    assert len(fast.report.rewritten) == (2 if runs.enabled else 0)
+    assert {s.sparsity for s in fast.report.rewritten} == ({runs.sparsity} if runs.enabled else set())
+    assert fast.report.policy == runs.describe()
+    assert says in caplog.text
+    switches = [r.getMessage() for r in caplog.records if "(BSA)" in r.getMessage()]
+    assert switches[-1].startswith("Enabling") == runs.enabled
+    assert fast.bsa_enabled is runs.enabled
+
+
+def test_a_policy_set_while_switched_off_for_a_block_counts_behind_it(longcat):
+    fast = bsa_compile.optimize(longcat, POLICY, backend="eager")
+    with torch.no_grad(), fast.bsa_disabled():
+        fast.set_policy(OTHER)
+        fast(*make_inputs())
+        assert not fast.report.rewritten
+    with torch.no_grad():
+        fast(*make_inputs())
+    assert {s.sparsity for s in fast.report.rewritten} == {0.2}
+
+
+def configured(model, **fields):
+    """The model as its checkpoint's configuration would have made it."""
+    model.config = dataclasses.replace(model.config, **fields)
+    model.bsa_enabled = True if fields.get("enable_bsa") else None
+    model.bsa_params = fields.get("bsa_params")
+    return model
+
+
+def test_a_disabled_policy_argument_overrides_the_configuration_and_says_so(longcat, caplog):
+    model = configured(longcat, enable_bsa=True, bsa_params={"sparsity": 0.5})
+    with caplog.at_level(logging.INFO, logger="bsa_compile"):
+        fast = bsa_compile.optimize(model, DENSE, backend="eager")
+    assert "overrides enable_bsa: true of the model's configuration" in caplog.text
+    assert not fast.policy.enabled
+    fast.set_policy(OTHER)
+    with torch.no_grad():
+        fast(*make_inputs())
+    assert len(fast.report.rewritten) == 2
+
+
 @pytest.mark.parametrize("cond", [1, 4])
 @REGIONAL
 def test_cond_latents_run_block_sparse_and_cached_equals_uncached(longcat, cond, regional):
@@ -209,6 +292,18 @@ def test_steps_choose_the_policy_of_the_step(longcat):
         assert not any("no bsa_compile.step" in n for n in fast.report.notes)
         assert relative_error(fast(*inputs), run_reference(longcat, POLICY, *inputs)) < 1e-5
     assert any("no bsa_compile.step" in n for n in fast.report.notes)
+    fast.set_policy(POLICY)  # of which that is not true
+    with torch.no_grad():
+        fast(*inputs)
+    assert fast.report.notes == []
+
+
+def test_a_report_does_not_deny_the_step_that_is_active(longcat):
+    fast = torch.compile(longcat, backend="bsa", options={"policy": BSAPolicy(dense_steps=2), "compiler": "eager"})
+    with torch.no_grad(), bsa_compile.step(0, 5):
+        fast(*make_inputs())
+    (note,) = (n for n in bsa_compile.last_report().notes if "step" in n)
+    assert note == "dense_steps and rules with steps did not apply: no denoising step was given"
 
 
 def test_lora_and_masks_work_through_the_optimized_model(longcat, tmp_path):
@@ -288,12 +383,171 @@ def test_two_grids_of_equal_length_under_latent_grid():
 
 
 def test_too_many_shapes_are_an_error_and_never_a_silent_fallback(monkeypatch):
-    monkeypatch.setattr("bsa_compile.api.RECOMPILE_LIMIT", 3)
+    monkeypatch.setattr("bsa_compile.runtime.RECOMPILE_LIMIT", 3)
     fast = bsa_compile.optimize(Plain(), POLICY, backend="eager", dynamic=False)
     for tokens in (10, 11, 12):
         fast(torch.randn(1, tokens, 32))
-    with pytest.raises(UnsupportedError, match="dynamic=True"):
+    with pytest.raises(UnsupportedError, match=r"3 under each of 1 policies.*rules.*dynamic=True"):
         fast(torch.randn(1, 13, 32))
+
+
+def test_policies_do_not_use_up_the_limit_of_shapes(monkeypatch):
+    """A block's code serves all blocks: six policies are six entries of Dynamo's, which counts them with the shapes."""
+    monkeypatch.setattr("bsa_compile.runtime.RECOMPILE_LIMIT", 2)
+    rules = [Rule(module=f"blocks.{i}.*", sparsity=0.1 * (i + 1)) for i in range(6)]
+    model, policy = make_longcat(depth=6), BSAPolicy(**{**POLICY.to_dict(), "rules": rules})
+    fast = bsa_compile.optimize(model, policy, backend="eager", regional=True, dynamic=False)
+    with torch.no_grad():
+        for grid in ((2, 6, 10), (3, 6, 10)):
+            fast(*make_inputs(grid))
+        assert len({s.sparsity for s in fast.report.rewritten}) == 6
+        with pytest.raises(UnsupportedError, match="12 ways"):
+            fast(*make_inputs((4, 6, 10)))
+    whole = bsa_compile.optimize(Plain(), POLICY, grid=(1, 2, 5), backend="eager")
+    for sparsity in (0.1, 0.2, 0.3, 0.4):
+        whole.set_policy(BSAPolicy(sparsity=sparsity))
+        whole(torch.randn(1, 10, 32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"backend": "bogus"}, UsageError, r"backend must be one of .*eager, .*inductor, .*, got 'bogus'"),
+        ({"backend": "bsa"}, UsageError, "backend must be one of"),
+        ({"backend": 5}, UsageError, "backend must be one of"),
+        ({"mode": "bogus"}, UsageError, r"mode must be one of default, .*max-autotune.*, got 'bogus'"),
+        ({"mode": 5}, UsageError, "mode must be one of"),
+        ({"options": 5}, UsageError, "options must be a dict"),
+        ({"options": {"bogus": 1}}, UsageError, r"options must hold only options of inductor, got 'bogus'"),
+        ({"options": {"epilogue_fusio": 1}}, UsageError, "Did you mean epilogue_fusion"),
+        ({"options": {1: 2}}, UsageError, "options must hold only options"),
+        ({"options": {"epilogue_fusion": "yes"}}, UsageError, "epilogue_fusion, got str should be bool"),
+        ({"policy": BSAPolicy(attend="bogus")}, PolicyError, "attend must be one of native.*register_attend"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_refused_at_once(arguments, kind, says):
+    with pytest.raises(kind, match=says):
+        bsa_compile.optimize(Plain(), **arguments)
+
+
+def test_an_unknown_implementation_is_no_policy_to_set(longcat):
+    fast = bsa_compile.optimize(longcat, POLICY, backend="eager")
+    with pytest.raises(PolicyError, match="attend must be one of native"):
+        fast.set_policy(BSAPolicy(attend="bogus"))
+    assert fast.policy == POLICY
+
+
+def test_a_backend_that_is_not_installed_is_named():
+    fast = bsa_compile.optimize(Plain(), POLICY, backend="openxla")
+    with pytest.raises(UnsupportedError, match=r"backend 'openxla' must be installed, got an error: .*torch_xla"):
+        fast(torch.randn(1, 10, 32))
+
+
+class Calls(torch.nn.Module):
+    """Runs a function of ours inside a model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def anchored(**arguments):
+    return lambda x: bsa_compile.attention(x, x, x, **arguments)
+
+
+def sparse(**arguments):
+    return lambda x: bsa_compile.block_sparse_attention(x, x, x, sparsity=0.5, **arguments)
+
+
+def nested(x):
+    return sparse(grid_q=(2, 3, 5))(x.sin()).cos()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["partial", "fullgraph"])
+@pytest.mark.parametrize(
+    ("function", "kind", "says"),
+    [
+        (anchored(grid_q=(2, 3, 5)), GridError, "^the token axis of q must hold 30 tokens"),
+        (anchored(grid_q=(2, 3)), GridError, "^grid_q must be three positive integers"),
+        (anchored(grid_q=(2, 3, 4), role="bogus"), InputError, "^role must be one of"),
+        (lambda x: anchored(grid_q=(2, 3, 4))(x[0]), InputError, r"^q must be \[B, H, Sq, D\]"),
+        (sparse(grid_q=(2, 3, 5)), GridError, "must hold 30 tokens"),
+        (sparse(grid_q=(2, 3, 4), implementation="bogus"), UnsupportedError, "^implementation must be one of"),
+        (nested, GridError, "must hold 30 tokens"),
+    ],
+)
+def test_errors_while_tracing_are_our_own(function, kind, says, fullgraph):
+    fast = bsa_compile.optimize(Calls(function), POLICY, backend="eager", fullgraph=fullgraph)
+    with pytest.raises(kind, match=says) as caught:
+        fast(torch.randn(1, 2, 24, 16))
+    assert type(caught.value) is kind
+    assert "test_optimize.py:" in str(caught.value)  # the line that asked for it, not one inside the package
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["partial", "fullgraph"])
+@REGIONAL
+def test_wrong_inputs_of_a_model_are_our_own_errors(longcat, fullgraph, regional):
+    latents, timestep, text = make_inputs()
+    fast = bsa_compile.optimize(longcat, POLICY, backend="eager", fullgraph=fullgraph, regional=regional)
+    with torch.no_grad(), pytest.raises(InputError, match=r"^hidden_states must have shape"):
+        fast(latents[:, :3], timestep, text)
+    with torch.no_grad(), pytest.raises(InputError, match="num_cond_latents"):
+        fast(latents, timestep, text, num_cond_latents=9)
+
+
+def test_errors_that_are_not_ours_stay_as_they_are():
+    def theirs(x):
+        raise ValueError("theirs")
+
+    with pytest.raises(ValueError, match="theirs"):
+        bsa_compile.optimize(Calls(theirs), POLICY, backend="eager")(torch.randn(2))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="theirs"):
+        bsa_compile.optimize(Calls(theirs), POLICY, backend="eager", fullgraph=True)(torch.randn(2))
+
+    def failing(graph, inputs):
+        raise RuntimeError("the compiler's own")
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="the compiler's own"):
+        bsa_compile.optimize(Calls(torch.sin), POLICY, backend=failing)(torch.randn(2))
+
+
+def test_one_backend_serves_all_graphs_of_a_model_that_breaks():
+    """A graph break cuts the model in two: both parts are rewritten, reported, and switched together."""
+
+    def broken(x):
+        x = bsa_compile.attention(x, x, x, grid_q=(2, 3, 4)) * 2
+        torch._dynamo.graph_break()
+        return bsa_compile.attention(x, x, x, grid_q=(2, 3, 4))
+
+    policy = BSAPolicy(sparsity=0.5, chunk_3d_shape_q=(1, 1, 2), chunk_3d_shape_k=(1, 1, 2))
+    other = BSAPolicy(**{**policy.to_dict(), "sparsity": 0.75})
+
+    def want(x, sparsity):
+        for factor in (2, 1):
+            options = {"grid_q": (2, 3, 4), "tile_q": (1, 1, 2), "sparsity": sparsity}
+            x = bsa_compile.block_sparse_attention(x, x, x, **options) * factor
+        return x
+
+    x = torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(0))
+    fast = bsa_compile.optimize(Calls(broken), policy, backend="aot_eager")
+    with CountCompiles() as compiles:
+        torch.testing.assert_close(fast(x), want(x, 0.5))
+    assert compiles.count == 2
+    assert len(fast.report.rewritten) == 2
+    fast.set_policy(other)
+    torch.testing.assert_close(fast(x), want(x, 0.75))
+    assert [s.sparsity for s in fast.report.rewritten] == [0.75, 0.75]
+    fast.disable_bsa()
+    torch.testing.assert_close(fast(x), broken(x), atol=1e-5, rtol=1e-5)
+    with CountCompiles() as compiles:
+        fast.enable_bsa()
+        fast.set_policy(policy)
+        torch.testing.assert_close(fast(x), want(x, 0.5))
+    assert compiles.count == 0
 
 
 def test_bad_arguments_are_refused_at_once(longcat):

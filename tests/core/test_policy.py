@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bsa_compile.errors import PolicyError
@@ -47,6 +47,8 @@ def test_neither_criterion_gives_the_default_and_one_stands_alone():
         {"sparsity": 1.1},
         {"sparsity": True},
         {"sparsity": "0.9"},
+        {"sparsity": 10**400},
+        {"sparsity": np.zeros(2)},
         {"cdf_threshold": 0.0},
         {"cdf_threshold": math.inf},
         {"chunk_3d_shape_q": (4, 4)},
@@ -79,7 +81,18 @@ def test_values_out_of_range_are_refused(kwargs):
         {"steps": (3, 3), "dense": True},
         {"steps": (None, None), "dense": True},
         {"resolution": 720, "dense": True},
+        {"resolution": "ab", "dense": True},
+        {"resolution": {1, 2}, "dense": True},
+        {"steps": (1, 2, 3), "dense": True},
+        {"steps": (1.5, 3), "dense": True},
         {"module": 3, "dense": True},
+        {"role": 5, "dense": True},
+        {"role": {"self": 1}, "dense": True},
+        {"role": [["self"]], "dense": True},
+        {"name": 5, "dense": True},
+        {"sparsity": "high"},
+        {"chunk_3d_shape_q": 4},
+        {"dense": "yes"},
     ],
     ids=str,
 )
@@ -159,6 +172,25 @@ def test_recommended_parameters_by_resolution(height, width, frames, sparsity, c
         assert (policy.sparsity, policy.chunk_3d_shape_q, policy.chunk_3d_shape_k) == (sparsity, chunk, chunk)
 
 
+@pytest.mark.parametrize("name", ["resolution", "steps"])
+def test_a_bound_of_zero_is_kept_and_one_meaning_has_one_spelling(name):
+    everything = Rule(**{name: (0, None)}, sparsity=0.5)
+    assert dataclasses.replace(everything, name="again") == everything
+    assert Rule.from_dict(everything.to_dict()) == everything
+    assert Rule(**{name: (0, 3)}, sparsity=0.5) == Rule(**{name: (None, 3)}, sparsity=0.5)
+    assert everything.matches("", "self", 0, Step(0))
+    # From step 0 on is every known step; from 0 pixels on is every video, which needs no condition.
+    assert everything.matches("", "self", 0, None) == (name == "resolution")
+    assert everything.unconditional == (name == "resolution")
+
+
+def test_a_rule_for_the_root_stays_one():
+    rule = Rule(module="", dense=True)
+    assert Rule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert resolve(BSAPolicy(rules=[rule]), module="").dense == "rule"
+    assert resolve(BSAPolicy(rules=[rule]), module="blocks.0.attn").dense is None
+
+
 def test_a_longcat_config_is_read():
     params = {"sparsity": 0.9, "cdf_threshold": None, "chunk_3d_shape_q": [4, 4, 8], "chunk_3d_shape_k": [4, 4, 4]}
     policy = BSAPolicy.from_config({"enable_bsa": True, "bsa_params": params})
@@ -172,13 +204,21 @@ def test_a_longcat_config_is_read():
 
 fractions = st.one_of(st.none(), st.floats(0, 1).map(lambda x: round(x, 6)))
 chunks = st.tuples(*[st.integers(1, 9)] * 3)
+
+
+def bounds(middle: int):
+    """Ranges with one bound or both."""
+    low, high = st.integers(0, middle), st.integers(middle + 1, 2 * middle)
+    return st.one_of(st.tuples(low, high), st.tuples(low, st.none()), st.tuples(st.none(), high))
+
+
 conditions = st.fixed_dictionaries(
     {},
     optional={
-        "module": st.sampled_from(["blocks.0.*", "*", "blocks.[01].attn"]),
+        "module": st.sampled_from(["blocks.0.*", "*", "blocks.[01].attn", ""]),
         "role": st.lists(st.sampled_from(["self", "cond", "noise", "cached"]), min_size=1),
-        "resolution": st.tuples(st.integers(0, 500), st.integers(501, 999)),
-        "steps": st.tuples(st.integers(0, 5), st.integers(6, 9)),
+        "resolution": bounds(500),
+        "steps": bounds(5),
         "name": st.text("abc", max_size=3),
     },
 )
@@ -200,6 +240,8 @@ policies = st.builds(
 
 
 @given(policies)
+@example(BSAPolicy(rules=[Rule(resolution=(0, None), dense=True)]))
+@example(BSAPolicy(rules=[Rule(steps=(0, None), dense=True)]))
 def test_json_round_trip(policy):
     again = BSAPolicy.from_json(policy.to_json())
     assert again == policy

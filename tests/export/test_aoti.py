@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -104,3 +105,17 @@ def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pt2"))
     with pytest.raises(UsageError, match="path must be a file"):
         bsa_compile.package(program, tmp_path)
+
+
+@pytest.mark.parametrize(("device", "library", "refused"), [("cuda", b"", True), ("cpu", b"", False)])
+def test_a_package_that_would_crash_is_refused(tmp_path, monkeypatch, device, library, refused):
+    path = tmp_path / "model.pt2"
+    monkeypatch.setattr(aoti, "_metadata", lambda path: {"AOTI_DEVICE_KEY": device})
+    for content in (b"\0libstdc++.so.6\0libc.so.6", library):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data/a.wrapper.so", content)
+        if refused and content == library:
+            with pytest.raises(ExportError, match=r"the C\+\+ compiler must link libstdc\+\+ dynamically"):
+                aoti._check_linkage(path)
+        else:
+            aoti._check_linkage(path)

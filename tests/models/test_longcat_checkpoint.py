@@ -303,6 +303,17 @@ def test_config_survives_with_the_keys_that_mean_nothing_here(folder):
     assert load(folder).config == model.config
 
 
+@pytest.mark.parametrize("said", [{}, {"enable_bsa": False}, {"enable_bsa": True}], ids=["silent", "false", "true"])
+def test_saving_says_of_enable_bsa_what_was_said(folder, said):
+    """A file that says false switches block-sparse attention off: one that says nothing must not come to say it."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("enable_bsa", None)
+    (folder / "config.json").write_text(json.dumps({**config, **said}))
+    load(folder).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert {k: v for k, v in written.items() if k == "enable_bsa"} == said
+
+
 def test_config_is_frozen_and_holds_its_own_dicts():
     params = {"sparsity": 0.5}
     config = LongCatConfig(bsa_params=params)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import bsa_compile.ops
 from bsa_compile.context import latent_grid
-from bsa_compile.errors import GridError, UsageError
+from bsa_compile.errors import GridError, PolicyError, UsageError
 from bsa_compile.grid import TokenGrid
 from bsa_compile.passes import rewrite
 from bsa_compile.policy import BSAPolicy
@@ -64,8 +65,20 @@ def test_a_grid_with_another_number_of_tokens():
 def test_a_malformed_grid():
     with pytest.raises(GridError, match="three positive integers"):
         rewrite(capture(Video(depth=1), latents()), ALL, (4, 4))
-    with pytest.raises(UsageError, match="layout must be one of"):
-        rewrite(capture(Video(depth=1), latents()), ALL, layout="zigzag")
+
+
+@pytest.mark.parametrize("graph", [nn.Linear(2, 2), nn.Linear, None, "graph"], ids=["module", "class", "none", "text"])
+def test_what_is_no_graph_is_refused(graph):
+    with pytest.raises(UsageError, match=r"graph_module must be an fx\.GraphModule or an ExportedProgram"):
+        rewrite(graph, ALL)
+
+
+def test_what_is_no_policy_or_step_is_refused():
+    graph = capture(Video(depth=1), latents())
+    with pytest.raises(PolicyError, match="policy must be a BSAPolicy, got dict"):
+        rewrite(graph, {"sparsity": 0.5})
+    with pytest.raises(UsageError, match="step must be"):
+        rewrite(graph, ALL, step=3)
 
 
 def test_a_given_grid_guards_symbolic_tokens():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch.export import Dim, export
 
+from bsa_compile import attention
 from bsa_compile.passes import rewrite
 
 from .support import ALL, Recorder, capture, count
@@ -153,6 +156,47 @@ def test_longcat_with_cond_latents(longcat):
         ("noise", "rewritten", (2, 4, 6), (3, 4, 6)),
     ]
     assert self_sites(recorder.reports[0]) == [(f"blocks.{i}.attn", *site) for i in range(2) for site in block]
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_longcat_encoding_cond_frames(longcat, frames):
+    """Nothing that the graph computes tells it from an image or a video: the model's mark does."""
+    inputs = longcat_inputs(t=frames)
+    options = {"return_kv": True, "skip_crs_attn": True}
+    recorder = Recorder()
+    with torch.no_grad():
+        close(recorder.run(longcat, *inputs, **options)[0], longcat(*inputs, **options)[0])
+        program = export(longcat, inputs, options, strict=True)
+        loaded = reloaded(program)
+    grid = (frames, 4, 6)
+    sites = [(f"blocks.{i}.attn", "cond", "rewritten", grid, grid) for i in range(2)]
+    assert self_sites(recorder.reports[0]) == sites
+    assert self_sites(rewrite(program, ALL)[1]) == sites
+    assert self_sites(rewrite(loaded, ALL)[1]) == sites
+
+
+def test_the_mark_changes_nothing_but_cond_frames_from_self(longcat):
+    """Where the trace or an anchor knows the role, the mark has no say."""
+    graph = capture(longcat, *longcat_inputs())
+    for node in graph.graph.nodes:
+        node.meta["custom"] = {"bsa_role": "noise"}
+    roles = [s.role for s in rewrite(graph, ALL)[1].sites]
+    assert roles == ["self", "cross"] * 2
+    for node in graph.graph.nodes:
+        node.meta["custom"] = {"bsa_role": "cond"}
+    roles = [s.role for s in rewrite(graph, ALL)[1].sites]
+    assert roles == ["cond", "cross"] * 2
+    anchored = capture(lambda x: attention(x, x, x, grid_q=(2, 2, 2)), torch.randn(1, 2, 8, 16))
+    for node in anchored.graph.nodes:
+        node.meta["custom"] = {"bsa_role": "cond"}
+    assert [s.role for s in rewrite(anchored, ALL)[1].sites] == ["self"]
+
+
+def reloaded(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
 
 
 @pytest.mark.parametrize(("depth", "dynamic"), [(2, None), (1, True)], ids=["static", "dynamic"])

@@ -67,7 +67,7 @@ def test_resolution(graph):
 
 def test_steps(graph):
     policy = BSAPolicy(dense_steps=2, rules=({"steps": (5, None), "dense": True},))
-    note = "rules with steps / dense_steps did not apply: no bsa_compile.step is active"
+    note = "dense_steps and rules with steps did not apply: no denoising step was given"
     assert rewrite(graph, policy)[1].notes == [note]
     assert rewrite(graph, BSAPolicy())[1].notes == []
     found = {i: set(reasons(graph, policy, step=Step(i)).values()) for i in (1, 3, 5)}

@@ -17,6 +17,9 @@ Grid = tuple[int, int, int]
 
 Role = Literal["self", "cond", "noise", "cached"]
 
+ROLE_MARK = "bsa_role"
+"""Key of the role in `node.meta["custom"]` of a traced attention call, where the passes look for it."""
+
 KV = tuple[Tensor, Tensor]
 """k (after its norm, before RoPE) and v, each `Float[Tensor, "b h s d"]`."""
 
@@ -30,6 +33,9 @@ class AttentionFn(Protocol):
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Grid, role: Role) -> Tensor:
     """Attend to every key; the grids and the role are for those who do better.
 
+    While Dynamo traces, the call's node is marked with the role: that frames are being encoded for a cache, for
+    example, is nothing that the graph would show. The mark changes nothing of what the graph computes.
+
     Args:
         q: `Float[Tensor, "b h s_q d"]`, any strides with a unit last stride.
         k: `Float[Tensor, "b h s_k d"]`, likewise.
@@ -42,13 +48,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Gr
     Returns:
         `Float[Tensor, "b h s_q d"]`.
     """
-    return F.scaled_dot_product_attention(q, k, v)
+    if not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.fx.traceback.annotate({ROLE_MARK: role}):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
     """Self-attention with 3-D RoPE, conditioning frames and a KV cache.
 
     `attention_fn` is the one place that attends; set it on an instance to replace the dense default.
+
+    Attributes:
+        bsa_enabled: What the model asks for: True, False, or None when nobody asked.
+        ran_dense: Whether a call outside compiled code attended densely though block-sparse attention was asked for.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -60,6 +73,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim)
         self.proj = LoRALinear(dim, dim)
         self.attention_fn: AttentionFn = dense_attention
+        self.bsa_enabled: bool | None = None
+        self.ran_dense = False
 
     def forward(
         self,
@@ -94,19 +109,26 @@ class Attention(nn.Module):
             k, v = (torch.cat([_like(cached, new), new], dim=2) for cached, new in zip(kv_cache, kv, strict=True))
             cos, sin = rope
             q, k = rotate(q, (cos[cond_tokens:], sin[cond_tokens:])), rotate(k, rope)
-            out = self.attention_fn(q, k, v, grid_q=grid, grid_k=(t + num_cond_latents, h, w), role="cached")
+            out = self._attend(q, k, v, grid_q=grid, grid_k=(t + num_cond_latents, h, w), role="cached")
         else:
             q, k = rotate(q, rope), rotate(k, rope)
             if num_cond_latents == 0 or num_cond_latents == t:
                 role: Role = "cond" if return_kv or num_cond_latents else "self"
-                out = self.attention_fn(q, k, v, grid_q=grid, grid_k=grid, role=role)
+                out = self._attend(q, k, v, grid_q=grid, grid_k=grid, role=role)
             else:
                 cond, noise = (num_cond_latents, h, w), (t - num_cond_latents, h, w)
                 q_c, k_c, v_c = (z[:, :, :cond_tokens] for z in (q, k, v))
-                out_cond = self.attention_fn(q_c, k_c, v_c, grid_q=cond, grid_k=cond, role="cond")
-                out_noise = self.attention_fn(q[:, :, cond_tokens:], k, v, grid_q=noise, grid_k=grid, role="noise")
+                out_cond = self._attend(q_c, k_c, v_c, grid_q=cond, grid_k=cond, role="cond")
+                out_noise = self._attend(q[:, :, cond_tokens:], k, v, grid_q=noise, grid_k=grid, role="noise")
                 out = torch.cat([out_cond, out_noise], dim=2)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels)), kv
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Grid, role: Role) -> Tensor:
+        # Dynamo guards on what was asked for: after a switch the backend is reached again, also where the compiled code
+        # holds no more of the model than this module: a block alone, or what follows a graph break.
+        if self.bsa_enabled and not torch.compiler.is_compiling():
+            self.ran_dense = self.attention_fn is dense_attention
+        return self.attention_fn(q, k, v, grid_q=grid_q, grid_k=grid_k, role=role)
 
 
 class CrossAttention(nn.Module):

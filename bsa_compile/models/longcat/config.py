@@ -45,7 +45,8 @@ class LongCatConfig:
         adaln_tembed_dim: Width of the timestep embedding.
         frequency_embedding_size: Width of the timestep's sinusoid.
         patch_size: Latent frames, rows and columns of a token; the first must be 1.
-        enable_bsa: Whether the checkpoint asks for block-sparse attention.
+        enable_bsa: Whether the checkpoint asks for block-sparse attention; None: it does not say, and
+            `bsa_compile.optimize` runs block-sparse.
         bsa_params: Its parameters in LongCat's names (`sparsity`, ...); kept as read, a policy checks them.
         cp_split_hw: The official code's context-parallel split; kept for saving, has no effect here.
         text_tokens_zero_pad: Padded text tokens are multiplied by 0 and attended to, instead of being left out.
@@ -68,7 +69,7 @@ class LongCatConfig:
     adaln_tembed_dim: int = 512
     frequency_embedding_size: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    enable_bsa: bool = False
+    enable_bsa: bool | None = None
     bsa_params: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     cp_split_hw: tuple[int, int] | None = None
     text_tokens_zero_pad: bool = False
@@ -83,8 +84,9 @@ class LongCatConfig:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
             raise UsageError(must("mlp_ratio", "be a positive number", repr(ratio)))
         for name in ("enable_bsa", "text_tokens_zero_pad"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(must(name, "be true or false", repr(getattr(self, name))))
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "enable_bsa" and value is None):
+                raise UsageError(must(name, "be true or false", repr(value)))
         if self.bsa_params is not None and not isinstance(self.bsa_params, Mapping):
             raise UsageError(must("bsa_params", "be an object or null", repr(self.bsa_params)))
         object.__setattr__(self, "patch_size", _int_tuple("patch_size", self.patch_size, 3))
@@ -153,8 +155,9 @@ class LongCatConfig:
         """The keys of a `config.json`; `from_dict` gives this config back."""
         fields: dict[str, Any] = {"_class_name": CLASS_NAME, **copy.deepcopy(dict(self.extra))}
         for field in dataclasses.fields(self):
-            if field.name != "extra":
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            # What a file says nothing of must not become its word: enable_bsa: false would switch off.
+            if field.name != "extra" and not (field.name == "enable_bsa" and value is None):
                 fields[field.name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
         return fields
 

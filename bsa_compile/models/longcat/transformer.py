@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_compile.errors import CheckpointError, InputError, UsageError, must
-from bsa_compile.models.longcat.attention import KV, Attention, dense_attention
+from bsa_compile.models.longcat.attention import KV, Attention
 from bsa_compile.models.longcat.block import LongCatBlock
 from bsa_compile.models.longcat.checkpoint import CONFIG_NAME, load_weights, save_checkpoint
 from bsa_compile.models.longcat.config import LongCatConfig
@@ -54,7 +54,8 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         self.blocks = nn.ModuleList(LongCatBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, patch_values, t_dim)
         self.gradient_checkpointing = False
-        self.bsa_enabled: bool | None = True if config.enable_bsa else None
+        self.bsa_enabled: bool | None
+        self._ask_for_bsa(True if config.enable_bsa else None)
         self.bsa_params: dict[str, Any] | None = copy.deepcopy(config.bsa_params)
         self._warned_dense = False
 
@@ -118,11 +119,17 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
 
     def enable_bsa(self) -> None:
         """Ask for block-sparse attention; `bsa_compile.optimize` fulfils it."""
-        self.bsa_enabled = True
+        self._ask_for_bsa(True)
 
     def disable_bsa(self) -> None:
         """Ask for dense attention."""
-        self.bsa_enabled = False
+        self._ask_for_bsa(False)
+
+    def _ask_for_bsa(self, enabled: bool | None) -> None:
+        self.bsa_enabled = enabled
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.bsa_enabled = enabled
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass and recompute the rest."""
@@ -164,9 +171,6 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         Raises:
             InputError: A shape, the cache or `num_cond_latents` does not fit.
         """
-        # Read on every path: dynamo then guards on it, so switching BSA reaches the backend again.
-        if self.bsa_enabled and not torch.compiler.is_compiling():
-            self._warn_if_dense()
         config = self.config
         check_inputs(config, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, num_cond_latents)
         batch, _, frames, height, width = hidden_states.shape
@@ -202,6 +206,9 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
                 kv_out[i] = (k.cpu(), v.cpu()) if offload_kv_cache else (k, v)
             else:
                 x = out
+        # Read on every path: Dynamo then guards on it, so switching BSA reaches the backend again.
+        if self.bsa_enabled and not torch.compiler.is_compiling():
+            self._warn_if_dense()
         patches = self.final_layer(x, t)
         latents = unpatchify(patches, grid, config.patch_size, config.out_channels)[..., :height, :width]
         return (latents, kv_out) if return_kv else latents
@@ -217,8 +224,7 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
 
     def _warn_if_dense(self) -> None:
         """Say once that the request for block-sparse attention has no effect yet."""
-        attentions = (m for m in self.modules() if isinstance(m, Attention))
-        if not self._warned_dense and all(attn.attention_fn is dense_attention for attn in attentions):
+        if not self._warned_dense and all(m.ran_dense for m in self.modules() if isinstance(m, Attention)):
             self._warned_dense = True
             warnings.warn(
                 "enable_bsa was asked for, but attention ran dense: call bsa_compile.optimize(model).",

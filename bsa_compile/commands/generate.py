@@ -1,0 +1,152 @@
+"""`bsa-compile generate`: a video from a prompt, a picture or a video."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bsa_compile.commands import common, console
+from bsa_compile.errors import PolicyError, UsageError, must
+from bsa_compile.files import check_writable
+from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, LongCatPipelineConfig
+from bsa_compile.pipelines.longcat.loading import check_folder, vae_factors
+from bsa_compile.pipelines.longcat.policies import as_argument
+from bsa_compile.pipelines.longcat.request import BASE_FPS, COND_FRAMES, make_request
+from bsa_compile.pipelines.longcat.resume import clear_folder
+from bsa_compile.pipelines.longcat.video import check_output, read_image, read_video
+from bsa_compile.policy import BSAPolicy
+
+# Options of the command that go to the pipeline as they are; one that is not given keeps the pipeline's default.
+_PASSED = (
+    "task",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "refine",
+    "refine_steps",
+    "distill",
+    "fps",
+    "num_segments",
+    "num_cond_frames",
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, load the model, run it, and write the video and its report."""
+    if args.model is None:
+        todo = "Pass --model FOLDER with LongCat-Video's weights."
+        raise UsageError(must("--model", "be given: no small model comes with the package yet", "none", todo))
+    output = check_output(args.output, "--output")
+    report_path = check_writable(output.with_suffix(".json"), "--output")
+    device = common.resolve_device(args.device)
+    backend, note = common.resolve_backend(args.backend, device)
+    config = LongCatPipelineConfig() if args.config is None else LongCatPipelineConfig.from_file(args.config)
+    config = configured(config, args, backend)
+    policy = load_policies(args.policy)
+    options = {name: value for name in _PASSED if (value := getattr(args, name)) is not None}
+    given = load_given(args)
+    # Before minutes of loading: everything that is wrong with the sizes, and every file that is missing.
+    folder = Path(args.model)
+    check_folder(folder)
+    spatial, temporal = vae_factors(folder)
+    frames = given.get("image", given.get("video"))
+    aspect = None if frames is None else frames.shape[1] / frames.shape[2]
+    asked = make_request(spatial=spatial, temporal=temporal, aspect=aspect, prompt=args.prompt, **options)
+
+    pipe = LongCatPipeline.from_pretrained(
+        folder, config, device=device, torch_dtype=common.DTYPES.get(args.dtype), loras=tuple(asked.loras)
+    )
+    job = pipe.prepare(args.prompt, policy=policy, **given, **options)
+    if not args.json:
+        print("\n".join([*job.describe(), *([note] if note else [])]), flush=True)
+    checkpoint = output.with_name(f"{output.name}.checkpoint")
+    try:
+        result = pipe.run(job, checkpoint=checkpoint, resume=args.resume, keep_checkpoint=True)
+    except KeyboardInterrupt:
+        if checkpoint.is_dir():
+            print(f"kept in {checkpoint}: repeat the command with --resume to go on", file=sys.stderr)
+        raise
+    result.save(output)
+    report = {"output": str(output), "notes": [note] if note else [], **result.report}
+    console.put_json(report, str(report_path))
+    clear_folder(checkpoint)  # only now: a full disk must not cost the whole job
+    if args.json:
+        console.put_json(report, "-")
+    else:
+        print(as_text(result))
+        print(f"wrote {output}, {report_path}")
+    return 0
+
+
+def configured(config: LongCatPipelineConfig, args: argparse.Namespace, backend: str) -> LongCatPipelineConfig:
+    """The configuration with what the command line says over it."""
+    changes: dict[str, Any] = {"low_memory": True} if args.low_memory else {}
+    # `auto` decides only where the configuration's file does not.
+    if args.backend != "auto" or args.config is None:
+        changes["compile_backend"] = backend
+    return dataclasses.replace(config, **changes)
+
+
+def load_policies(path: str | None) -> BSAPolicy | Mapping[str, BSAPolicy] | None:
+    """Read `--policy`: JSON of a BSAPolicy, or an object with one for `base`, `refine` or both.
+
+    Raises:
+        UsageError: the file cannot be read, or names an unknown stage.
+        PolicyError: it holds no policy.
+    """
+    if path is None:
+        return None
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(must("--policy", "be a readable JSON file", f"{path!r} ({exc})")) from None
+    except ValueError as exc:
+        raise PolicyError(must("--policy", "be valid JSON", f"an error: {exc}")) from None
+    if isinstance(data, Mapping) and data and all(isinstance(value, Mapping) for value in data.values()):
+        return as_argument({stage: BSAPolicy.from_dict(value) for stage, value in data.items()})
+    return BSAPolicy.from_dict(data)
+
+
+def load_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The picture or video of the task, as the pipeline takes it."""
+    wanted = {"i2v": "image", "continuation": "video"}.get(args.task)
+    for name in ("image", "video"):
+        if (getattr(args, name) is not None) != (name == wanted):
+            want = f"be {'given' if name == wanted else 'left out'} for --task {args.task}"
+            raise UsageError(must(f"--{name}", want, repr(getattr(args, name))))
+    if args.image is not None:
+        return {"image": read_image(args.image)}
+    if args.video is not None:
+        looked_at = (args.num_cond_frames or COND_FRAMES) / BASE_FPS
+        frames, fps = read_video(args.video, last_seconds=looked_at + 1)
+        return {"video": frames, "video_fps": fps}
+    return {}
+
+
+def as_text(result: GenerationResult) -> str:
+    """The result for people."""
+    rows = [("stage", "size", "steps", "time", "attention")]
+    for stage in result.report["stages"]:
+        sparsity = stage["effective_sparsity"]
+        attention = "dense"
+        if stage["block_sparse_sites"]:
+            attention = "block-sparse" + ("" if sparsity is None else f", {console.percent(sparsity)} of tiles skipped")
+        if stage["from_checkpoint"]:
+            attention = "from the checkpoint"
+        size = f"{stage['num_frames']}x{stage['height']}x{stage['width']}"
+        rows.append((stage["name"], size, str(stage["steps"]), console.seconds(stage["seconds"]), attention))
+    peak = max(stage["peak_memory_bytes"] for stage in result.report["stages"]) / 2**30
+    count, height, width = result.frames.shape[:3]
+    total = console.seconds(result.report["seconds"])
+    return (
+        f"{console.table(rows)}\n{count} frames of {height}x{width} at {result.fps} fps in {total}, peak {peak:.1f} GiB"
+    )

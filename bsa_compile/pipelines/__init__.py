@@ -1,0 +1,1 @@
+"""Whole generations, from a prompt to a video. Each family of models is a package of its own."""
