@@ -192,7 +192,10 @@ def _traced_variables() -> Iterator[Mapping[str, Any]]:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         translator: Any = InstructionTranslator.current_tx()
-    except Exception:  # private API; without it the model's configuration may not be seen, and the report says so
+    except (
+        ImportError,
+        AttributeError,
+    ):  # private API, or nobody traces; without it the model's configuration may not be seen, and the report says so
         return
     while translator is not None:
         used = translator.f_code.co_names

@@ -57,6 +57,11 @@ def must(argument: str, constraint: str, got: object, todo: str = "") -> str:
     return f"{text} {todo}" if todo else text  # no string methods: Dynamo traces this with symbolic sizes in the text
 
 
+def one_line(exc: BaseException) -> str:
+    """What somebody else's exception says, short enough to stand in an error of ours."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
+
+
 def require_extra(module: str, extra: str) -> object:
     """Import the optional `module`, or raise naming the extra that provides it.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from .errors import GridError, PolicyError, must
+from .errors import BSACompileError, GridError, PolicyError, must
 from .grid import Shape3, as_shape3, num_tokens
 
 DEFAULT_SPARSITY = 0.9375
@@ -69,14 +69,25 @@ def _chunk(name: str, value: Any) -> Shape3:
         raise PolicyError(str(exc)) from None
 
 
-def _refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+def refuse_unknown(what: str, given: Any, known: Sequence[str], error: type[BSACompileError] = PolicyError) -> None:
+    """Refuse keys of a JSON object that mean nothing.
+
+    Args:
+        what: what to call the object in an error.
+        given: the object.
+        known: the keys that it may hold.
+        error: class of the error.
+
+    Raises:
+        BSACompileError: an `error`; `given` is no object or holds another key, and the nearest known one is suggested.
+    """
     if not isinstance(given, Mapping):
-        raise PolicyError(must(what, "be a JSON object", repr(given)))
+        raise error(must(what, "be a JSON object", repr(given)))
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
-            raise PolicyError(must(what, "hold only known keys", repr(key), hint))
+            raise error(must(what, "hold only known keys", repr(key), hint))
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ class Rule:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rule:
         """Inverse of `to_dict`; unknown keys are refused."""
-        _refuse_unknown("rule", data, [f.name for f in dataclasses.fields(cls)])
+        refuse_unknown("rule", data, [f.name for f in dataclasses.fields(cls)])
         return cls(**data)
 
 
@@ -300,7 +311,7 @@ class BSAPolicy:
             raise PolicyError(must("enable_bsa", "be true or false", repr(enabled)))
         params = config.get("bsa_params")
         params = {} if params is None else params
-        _refuse_unknown("bsa_params", params, _PARAMETERS)
+        refuse_unknown("bsa_params", params, _PARAMETERS)
         return cls(enabled=bool(enabled), **{k: v for k, v in params.items() if v is not None})
 
     @classmethod
@@ -405,7 +416,7 @@ class BSAPolicy:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BSAPolicy:
         """Inverse of `to_dict`; unknown keys are refused and the nearest known one is suggested."""
-        _refuse_unknown("policy", data, [f.name for f in dataclasses.fields(cls)])
+        refuse_unknown("policy", data, [f.name for f in dataclasses.fields(cls)])
         return cls(**data)
 
     @classmethod

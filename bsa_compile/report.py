@@ -134,6 +134,20 @@ class Site:
         return f"block-sparse: {', '.join(criteria)}, tile {tiles}, grid from {self.grid_source}{by}"
 
 
+def effective_sparsity(sites: Iterable[Site]) -> float | None:
+    """Share of all pairs of tiles that block-sparse sites skip; None without any, or where data decides."""
+    pairs = skipped = 0.0
+    for site in sites:
+        if not site.rewritten:
+            continue
+        if site.effective_sparsity is None:
+            return None
+        weight = num_tiles(site.grid_q, site.tile_q) * num_tiles(site.grid_k, site.tile_k)  # type: ignore[arg-type]
+        pairs += weight
+        skipped += weight * site.effective_sparsity
+    return skipped / pairs if pairs else None
+
+
 @dataclass
 class Report:
     """Every attention site seen so far under one policy.

@@ -17,10 +17,10 @@ from torch import Tensor
 import bsa_compile
 from bsa_compile.backend import effective_policy
 from bsa_compile.errors import CheckpointError, UnsupportedError, UsageError, must
-from bsa_compile.grid import TokenGrid, num_tiles
+from bsa_compile.grid import TokenGrid
 from bsa_compile.models.longcat import LongCatConfig, LongCatVideoTransformer3DModel
 from bsa_compile.policy import BSAPolicy
-from bsa_compile.report import Site
+from bsa_compile.report import Site, effective_sparsity
 
 TINY_CHECKPOINT = Path(bsa_compile.__file__).parent / "data" / "tiny_longcat"
 # What to run where nothing is said: what a CPU does in seconds, and LongCat's 720p refinement on a GPU.
@@ -187,20 +187,11 @@ def attention_totals(sites: Iterable[Site]) -> dict[str, Any]:
     runs = [site.flops for site in sites]
     total = sum(f for f in dense if f is not None) if None not in dense else None
     running = sum(f for f in runs if f is not None) if None not in runs else None
-    pairs = skipped = 0.0
-    for site in sites:
-        if site.rewritten:
-            if site.effective_sparsity is None:
-                pairs = 0.0
-                break
-            weight = num_tiles(site.grid_q, site.tile_q) * num_tiles(site.grid_k, site.tile_k)  # type: ignore[arg-type]
-            pairs += weight
-            skipped += weight * site.effective_sparsity
     return {
         "dense_flops": total,
         "flops": running,
         "saved": 1 - running / total if total and running is not None else None,
-        "effective_sparsity": skipped / pairs if pairs else None,
+        "effective_sparsity": effective_sparsity(sites),
     }
 
 

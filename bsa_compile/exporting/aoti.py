@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from .. import ops as ops  # registers torch.ops.bsa, which a package calls
 from ..backend import source_digest
-from ..errors import ExportError, must
+from ..errors import ExportError, must, one_line
 from ..files import staged
 from ..report import Report
 from .program import report_of
@@ -46,7 +46,8 @@ def package(
 
     Raises:
         UsageError: `program` does not come from `export`, or `path` cannot be written.
-        ExportError: inductor cannot compile it here (without a C++ compiler, for one).
+        ExportError: inductor cannot compile it here (without a C++ compiler, for one), or the library that it made for
+            CUDA would crash on loading.
     """
     report = report_of(program)
     path = Path(path)
@@ -60,8 +61,7 @@ def package(
                 program, package_path=str(folder / f"{path.stem}.pt2"), inductor_configs=configs
             )
         except Exception as exc:  # inductor raises what its code generation and the C++ compiler raise
-            reason = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
-            raise ExportError(must("program", "compile with AOTInductor", reason)) from exc
+            raise ExportError(must("program", "compile with AOTInductor", one_line(exc))) from exc
         _check_linkage(Path(made))
         os.replace(made, folder / path.name)
     return path
@@ -80,11 +80,21 @@ def _check_linkage(path: Path) -> None:
     if _metadata(path).get("AOTI_DEVICE_KEY") != "cuda":
         return
     with zipfile.ZipFile(path) as archive:
-        libraries = [name for name in archive.namelist() if name.endswith(".so")]
-        if all(b"libstdc++.so" in archive.read(name) for name in libraries):
+        if all(_mentions(archive, name, b"libstdc++.so") for name in archive.namelist() if name.endswith(".so")):
             return
     todo = "Install the compiler's libstdc++.so and package again: PyTorch crashes on loading such packages."
     raise ExportError(must("the C++ compiler", "link libstdc++ dynamically", "a library that contains it", todo))
+
+
+def _mentions(archive: zipfile.ZipFile, name: str, text: bytes) -> bool:
+    """Whether a file of an archive holds a text; read piece by piece, since a library holds all weights."""
+    tail = b""
+    with archive.open(name) as file:
+        while piece := file.read(1 << 20):
+            if text in tail + piece:
+                return True
+            tail = piece[-len(text) :]
+    return False
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -22,7 +22,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Tensors are written one after the other from where they lie, so saving needs no second copy of the weights.
 
     Args:
-        model: what to write; it is left as it was.
+        model: what to write. Of one that was loaded, weights that lie in files of their own may be read into memory.
         path: the model file. Missing folders are made.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import BSACompileError, ExportError, must, require_extra
+from ..errors import BSACompileError, ExportError, must, one_line, require_extra
 from ..files import check_writable
 from ..grid import TokenGrid
 from ..policy import BSAPolicy
@@ -165,8 +165,7 @@ def _to_onnx(
     except BSACompileError:
         raise
     except Exception as exc:  # the exporter wraps whatever its translations raise
-        reason = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
-        raise ExportError(must("model", "be expressible in ONNX", reason)) from exc
+        raise ExportError(must("model", "be expressible in ONNX", one_line(exc))) from exc
     assert made is not None
     found = made.model.opset_imports.get("")
     if found != opset:  # the exporter logs that it could not convert, and goes on

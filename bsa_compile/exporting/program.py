@@ -15,7 +15,7 @@ from ..adapters import adapter_for
 from ..api import OptimizedModel
 from ..backend import effective_policy, log_enabled, starts_enabled
 from ..context import current_step
-from ..errors import BSACompileError, ExportError, GridError, PolicyError, UsageError, must
+from ..errors import BSACompileError, ExportError, GridError, PolicyError, UsageError, must, one_line
 from ..files import staged
 from ..grid import TokenGrid
 from ..module_tree import share_tree
@@ -73,7 +73,7 @@ def export(
     log_enabled(policy, "export")
     program = _capture(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
     given = None if grid is None else TokenGrid.of(grid)
-    program, report = rewrite(program, policy.at_step(current_step()), given, step=current_step())
+    program, report = rewrite(program, policy, given, step=current_step())
     _require_static(report)
     _lower_anchors(program.graph_module)
     program.graph_module.meta.setdefault(_CUSTOM, {})[_KEY] = json.dumps(report.to_dict())
@@ -115,9 +115,8 @@ def _capture(
     except BSACompileError:
         raise
     except Exception as exc:  # torch.export raises whatever the model, Dynamo or the symbolic shapes raise
-        reason = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
         todo = "Check example_inputs and dynamic_shapes with torch.export.export itself."
-        raise ExportError(must("model", "be traceable by torch.export", reason, todo)) from exc
+        raise ExportError(must("model", "be traceable by torch.export", one_line(exc), todo)) from exc
 
 
 def _require_static(report: Report) -> None:

@@ -107,15 +107,23 @@ def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
         bsa_compile.package(program, tmp_path)
 
 
-@pytest.mark.parametrize(("device", "library", "refused"), [("cuda", b"", True), ("cpu", b"", False)])
+@pytest.mark.parametrize(
+    ("device", "library", "refused"),
+    [
+        ("cuda", b"libm.so.6", True),
+        ("cuda", b"libstdc++.so.6", False),
+        ("cuda", b"." * ((1 << 20) - 5) + b"libstdc++.so.6", False),  # across the pieces that are read
+        ("cpu", b"libm.so.6", False),
+    ],
+    ids=["cuda-static", "cuda-shared", "cuda-straddling", "cpu"],
+)
 def test_a_package_that_would_crash_is_refused(tmp_path, monkeypatch, device, library, refused):
     path = tmp_path / "model.pt2"
     monkeypatch.setattr(aoti, "_metadata", lambda path: {"AOTI_DEVICE_KEY": device})
-    for content in (b"\0libstdc++.so.6\0libc.so.6", library):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model/data/a.wrapper.so", content)
-        if refused and content == library:
-            with pytest.raises(ExportError, match=r"the C\+\+ compiler must link libstdc\+\+ dynamically"):
-                aoti._check_linkage(path)
-        else:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data/a.wrapper.so", library)
+    if refused:
+        with pytest.raises(ExportError, match=r"the C\+\+ compiler must link libstdc\+\+ dynamically"):
             aoti._check_linkage(path)
+    else:
+        aoti._check_linkage(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bsa_compile.errors import UsageError, must
-from bsa_compile.policy import BSAPolicy
+from bsa_compile.policy import BSAPolicy, refuse_unknown
 
 STAGES = ("base", "refine")
 STRATEGIES = ("mixed", "checkpoint")
@@ -60,7 +59,7 @@ class StageRule:
     @classmethod
     def from_dict(cls, data: Any) -> StageRule:
         """Inverse of `to_dict`; unknown keys are refused."""
-        refuse_unknown("policies", data, [f.name for f in dataclasses.fields(cls)])
+        refuse_unknown("policies", data, [f.name for f in dataclasses.fields(cls)], UsageError)
         if "policy" not in data:
             raise UsageError(must("policies", "give each rule a policy", sorted(data)))
         return cls(**data)
@@ -171,7 +170,7 @@ class LongCatPipelineConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LongCatPipelineConfig:
         """Inverse of `to_dict`; unknown keys are refused and the nearest known one is suggested."""
-        refuse_unknown("pipeline configuration", data, [f.name for f in dataclasses.fields(cls)])
+        refuse_unknown("pipeline configuration", data, [f.name for f in dataclasses.fields(cls)], UsageError)
         return cls(**data)
 
     @classmethod
@@ -199,21 +198,6 @@ class LongCatPipelineConfig:
         except (OSError, UnicodeDecodeError) as exc:
             raise UsageError(must("pipeline configuration", "be a readable JSON file", f"{path} ({exc})")) from None
         return cls.from_json(text)
-
-
-def refuse_unknown(what: str, given: Any, known: Sequence[str]) -> None:
-    """Refuse keys of a JSON object that mean nothing.
-
-    Raises:
-        UsageError: `given` is no object or holds another key; the nearest known one is suggested.
-    """
-    if not isinstance(given, Mapping):
-        raise UsageError(must(what, "be a JSON object", repr(given)))
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
-            raise UsageError(must(what, "hold only known keys", repr(key), hint))
 
 
 def _bounds(value: Any) -> tuple[int | None, int | None]:

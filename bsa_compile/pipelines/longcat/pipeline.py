@@ -31,6 +31,7 @@ from bsa_compile.pipelines.longcat.stages import StageRunner, attention_calls
 from bsa_compile.pipelines.longcat.steps import StepKeeper
 from bsa_compile.pipelines.longcat.transformer import PipelineTransformer
 from bsa_compile.policy import BSAPolicy
+from bsa_compile.report import effective_sparsity
 
 log = logging.getLogger("bsa_compile")
 
@@ -361,7 +362,7 @@ class LongCatPipeline:
             "steps": steps.total,
             "seconds": seconds,
             "step_seconds": steps.seconds,
-            "effective_sparsity": result.effective_sparsity(sites),
+            "effective_sparsity": effective_sparsity(sites),
             "block_sparse_sites": sum(site.rewritten for site in sites),
             "dense_sites": sum(not site.rewritten for site in sites),
             "sites": [site.to_dict() for site in sites],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike
@@ -15,7 +15,6 @@ import torch
 
 import bsa_compile
 from bsa_compile.files import write_text
-from bsa_compile.grid import num_tiles
 from bsa_compile.pipelines.longcat.latents import Frames
 from bsa_compile.pipelines.longcat.video import write_video
 from bsa_compile.report import Report, Site
@@ -79,20 +78,6 @@ def stage_sites(report: Report, calls: Collection[tuple[Any, ...]]) -> list[Site
         return not known or (site.role, site.grid_q, site.grid_k) in calls
 
     return [site for site in report.sites if site.role != "cross" and belongs(site)]
-
-
-def effective_sparsity(sites: Iterable[Site]) -> float | None:
-    """Share of all pairs of tiles that block-sparse sites skip; None without any, or where data decides."""
-    pairs = skipped = 0.0
-    for site in sites:
-        if not site.rewritten:
-            continue
-        if site.effective_sparsity is None:
-            return None
-        weight = num_tiles(site.grid_q, site.tile_q) * num_tiles(site.grid_k, site.tile_k)  # type: ignore[arg-type]
-        pairs += weight
-        skipped += weight * site.effective_sparsity
-    return skipped / pairs if pairs else None
 
 
 def versions() -> dict[str, str]:
