@@ -74,7 +74,7 @@ def fa4_lists(counts: Tensor, indices: Tensor, volume: int) -> Any:
 
     return BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
-        mask_block_idx=indices[..., :1].contiguous(),
+        mask_block_idx=counts.new_zeros((*counts.shape, 1)),
         full_block_cnt=counts,
         full_block_idx=indices,
         block_size=(volume, volume),
