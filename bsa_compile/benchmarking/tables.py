@@ -16,7 +16,7 @@ COLUMNS = (
 )
 LEGEND = (
     "Times in ms. forward, backward: the kernel on inputs in its own order of tokens (raster order for ours; for the "
-    "others tile order, made beforehand). whole op, whole backward: raster tensors in and out, with selection and every "
+    "others tile order, made beforehand). whole op, whole backward: raster tensors in and out, with selection and all "
     "reordering. x: the time over ours. TF: TFLOP/s on selected blocks. Errors are relative, against fp64."
 )
 

@@ -187,6 +187,22 @@ def test_bench_attention(cli, tmp_path):
     assert set(data["times"]) == {"dense", "block-sparse", "pool and select", "attend"}
 
 
+def test_bench_attention_beside_its_peers(cli, tmp_path):
+    path, sizes = tmp_path / "peers.json", ("--grid", "4,4,8", "--heads", 1, "--head-dim", 16)
+    options = ("--peers", "--device", "cpu", "--repeats", 1, "--rounds", 1, "--lists", "gate", "--tile", "4,4,4")
+    result = cli("bench", "attention", *options, *sizes, "--sparsity", 0.5, "--json", path)
+    assert result.status == 0
+    (entry,) = json.loads(path.read_text())["cases"]
+    assert entry["kept_tiles"] == 1
+    assert f"w-neighbours share {100 * entry['shared_fraction']:.0f}% of their blocks" in result.out
+    assert "FlashAttention-4: absent (flash-attn-4 is not installed: pip install 'bsa-compile[peers]')" in result.out
+    assert "tile 4x4x4, gate lists" in result.err
+    result = cli("bench", "attention", *options, "--cdf-threshold", 0.5)
+    assert result.status == 2
+    assert "--peers must go with --sparsity and --tile" in result.err
+    assert "must be among gate, random, got 'other'" in cli("bench", "attention", "--peers", "--lists", "other").err
+
+
 def test_bench_model(cli):
     result = cli("bench", "model", *SMALL, "--repeats", 1, "--device", "cpu", "--backend", "eager", "--json", "-")
     assert result.json["report"]["rewritten"] == 2
