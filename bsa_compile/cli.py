@@ -121,6 +121,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", type=_triple, metavar="T,H,W", help="ask the kernels about this token grid")
+    parser.add_argument("--tile", type=_triple, metavar="T,H,W", help="and about this tile")
     _add_json(parser)
 
 

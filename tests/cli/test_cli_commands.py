@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bsa_compile
-from bsa_compile.commands import common, console
+from bsa_compile.commands import common, console, info
 from bsa_compile.commands.explain import collapsed, ranges
 from bsa_compile.policy import BSAPolicy, keep_count
 from bsa_compile.report import Site
@@ -90,7 +90,25 @@ def test_info(cli):
     result = cli("info")
     assert result.status == 0
     assert f"bsa_compile  {bsa_compile.__version__}" in result.out
-    assert "native" in result.out
+    assert "native, auto" in result.out or "auto, " in result.out
+    assert "cudnn: not installed (extra peers)" in result.out
+
+
+def test_info_tells_of_a_gpu_which_kernel_a_shape_gets_and_why(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("BSA_AUTOTUNE", raising=False)
+    monkeypatch.setattr(info.torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    paths = info.sample_paths(info.torch.device("cpu"), (8, 8, 8), (4, 4, 8))
+    assert [path["call"].split(",")[0] for path in paths] == ["forward", "backward_q", "backward_k"]
+    assert paths[0]["path"] == "box"
+    assert paths[0]["launch"]["block_k"] == 64
+    assert paths[0]["launch_from"] == "preset: BSA_AUTOTUNE=1 would search"
+    assert paths[0]["auto"].startswith("native (")
+    data = {"versions": {}, "devices": [], "libraries": {}, "extras": {"viz": {}}, "attend_implementations": []}
+    ops = [{"device": "cuda:0", "implementation": "Triton kernels", "reason": "", "paths": paths}]
+    text = info.as_text({**data, "ops": ops})
+    assert "block_k 64" in text
+    assert 'attend="auto": native' in text
 
 
 def test_info_json_without_triton(cli, monkeypatch):
