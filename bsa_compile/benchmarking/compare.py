@@ -85,7 +85,7 @@ def plan(setting: Setting, tiles: Sequence[Shape3], lists: Sequence[str], sweeps
         sweeps: among `SWEEPS`: over sparsities; over frames at the same sparsity; over frames with as many selected
             tiles as the base.
     """
-    cases = []
+    cases: list[Case] = []
     for tile in tiles:
         for kind in lists:
             here = replace(setting, tile=tile, lists=kind)

@@ -8,8 +8,8 @@ the whole thing: raster q, k and v in, raster output out, with selection and eve
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,13 +202,13 @@ def cudnn_frontend(problem: Problem) -> Participant:
     """The cuDNN frontend's block-sparse attention; with a fixed count, as it is fastest."""
     _check("cudnn", problem)
     setting = problem.setting
-    blocks = _blocks(problem, BLOCKS)
-    rest = (None, problem.lists, setting.volume, setting.scale)
-    saved = libraries.cudnn_forward(*blocks, *rest)
+    q, k, v = _blocks(problem, BLOCKS)
+    lists, volume, scale = problem.lists, setting.volume, setting.scale
+    out, lse = libraries.cudnn_forward(q, k, v, None, lists, volume, scale)
     return Participant(
         BLOCKS,
-        lambda: libraries.cudnn_forward(*blocks, *rest),
-        lambda grad: libraries.cudnn_backward(grad, *blocks, *saved, *rest),
+        lambda: libraries.cudnn_forward(q, k, v, None, lists, volume, scale),
+        lambda grad: libraries.cudnn_backward(grad, q, k, v, out, lse, None, lists, volume, scale),
         _whole_op(problem, "cudnn"),
         _whole_backward(problem, "cudnn"),
     )
@@ -323,14 +323,15 @@ def _needs_whole_tiles(problem: Problem) -> None:
         raise Absent("it has no partial tiles, and the tile does not divide the grid")
 
 
-class _deterministic:
+@contextmanager
+def _deterministic() -> Iterator[None]:
     """Deterministic algorithms without filling uninitialised memory, which would be timed as well."""
-
-    def __enter__(self) -> None:
-        self.before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-    def __exit__(self, *exc: object) -> None:
-        torch.use_deterministic_algorithms(self.before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = self.before[1]
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]

@@ -117,10 +117,10 @@ def fa4_transposed(counts: Tensor, indices: Tensor, num_kv_tiles: int, volume: i
 
 def _fa4(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, counts, indices, grid_q, tile_q, grid_k, tile_k, scale, layout = args
-    blocks = [tile_order.blocks_of(q, grid_q, tile_q, layout, False)]
-    blocks += [tile_order.blocks_of(x, grid_k, tile_k, layout, False) for x in (k, v)]
+    q = tile_order.blocks_of(q, grid_q, tile_q, layout, False)
+    k, v = (tile_order.blocks_of(x, grid_k, tile_k, layout, False) for x in (k, v))
     lists = fa4_lists(counts.contiguous(), indices.contiguous(), tile_volume(tile_q))
-    out, lse = fa4_forward(*blocks, lists, scale)
+    out, lse = fa4_forward(q, k, v, lists, scale)
     return tile_order.tokens_of(out, grid_q, tile_q, layout, False), tile_order.lse_tokens(lse, grid_q, tile_q, layout)
 
 
@@ -128,12 +128,12 @@ def _fa4_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, grad_lse, q, k, v, out, lse, counts, indices, grid_q, tile_q, grid_k, tile_k, scale, layout = args
     if torch.are_deterministic_algorithms_enabled():  # theirs adds up with atomics
         return _native_backward(*args)
-    rows = [tile_order.blocks_of(x, grid_q, tile_q, layout, False) for x in (grad_out, q, out)]
-    keys = [tile_order.blocks_of(x, grid_k, tile_k, layout, False) for x in (k, v)]
+    grad_out, q, out = (tile_order.blocks_of(x, grid_q, tile_q, layout, False) for x in (grad_out, q, out))
+    k, v = (tile_order.blocks_of(x, grid_k, tile_k, layout, False) for x in (k, v))
     lse = tile_order.lse_blocks(lse, grid_q, tile_q, layout)
     grad_lse = None if grad_lse is None else tile_order.lse_blocks(grad_lse, grid_q, tile_q, layout)
     transposed = fa4_transposed(counts, indices, num_tiles(grid_k, tile_k), tile_volume(tile_q))
-    grads = fa4_backward(rows[0], grad_lse, rows[1], *keys, rows[2], lse, transposed, scale)
+    grads = fa4_backward(grad_out, grad_lse, q, k, v, out, lse, transposed, scale)
     return _back(grads, grid_q, tile_q, grid_k, tile_k, layout, heads_first=False)
 
 
@@ -193,9 +193,9 @@ def cudnn_backward(
 
 def _cudnn(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, counts, indices, grid_q, tile_q, grid_k, tile_k, scale, layout = args
-    blocks = [tile_order.blocks_of(q, grid_q, tile_q, layout, True)]
-    blocks += [tile_order.blocks_of(x, grid_k, tile_k, layout, True) for x in (k, v)]
-    out, lse = cudnn_forward(*blocks, counts.contiguous(), indices.contiguous(), tile_volume(tile_q), scale)
+    q = tile_order.blocks_of(q, grid_q, tile_q, layout, True)
+    k, v = (tile_order.blocks_of(x, grid_k, tile_k, layout, True) for x in (k, v))
+    out, lse = cudnn_forward(q, k, v, counts.contiguous(), indices.contiguous(), tile_volume(tile_q), scale)
     return tile_order.tokens_of(out, grid_q, tile_q, layout, True), tile_order.lse_tokens(lse, grid_q, tile_q, layout)
 
 
@@ -204,11 +204,10 @@ def _cudnn_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     theirs = grad_lse is None and q.dtype == torch.bfloat16 and not torch.are_deterministic_algorithms_enabled()
     if not theirs:
         return _native_backward(*args)
-    rows = [tile_order.blocks_of(x, grid_q, tile_q, layout, True) for x in (grad_out, q, out)]
-    keys = [tile_order.blocks_of(x, grid_k, tile_k, layout, True) for x in (k, v)]
-    lse = tile_order.lse_blocks(lse, grid_q, tile_q, layout)
-    lists = counts.contiguous(), indices.contiguous()
-    grads = cudnn_backward(rows[0], rows[1], *keys, rows[2], lse, *lists, tile_volume(tile_q), scale)
+    grad_out, q, out = (tile_order.blocks_of(x, grid_q, tile_q, layout, True) for x in (grad_out, q, out))
+    k, v = (tile_order.blocks_of(x, grid_k, tile_k, layout, True) for x in (k, v))
+    lse, volume = tile_order.lse_blocks(lse, grid_q, tile_q, layout), tile_volume(tile_q)
+    grads = cudnn_backward(grad_out, q, k, v, out, lse, counts.contiguous(), indices.contiguous(), volume, scale)
     return _back(grads, grid_q, tile_q, grid_k, tile_k, layout, heads_first=True)
 
 
