@@ -72,7 +72,8 @@ def fake_flash_attention(calls: list[str]) -> dict[str, ModuleType]:
 
 
 def fake_cudnn(calls: list[str]) -> dict[str, ModuleType]:
-    def forward(q, k, v, index, *, q2k_block_nums, sparse_block_size, allow_empty_block_nums, softmax_scale):
+    def forward(q, k, v, index, *, q2k_block_nums, sparse_block_size, allow_empty_block_nums, softmax_scale, kv_splits):
+        assert kv_splits == 1 or (kv_splits == "auto" and q2k_block_nums is None and sparse_block_size == 64)
         assert all(x.is_contiguous() for x in (q, k, v))
         assert allow_empty_block_nums == (q2k_block_nums is not None)
         calls.append("forward")

@@ -214,6 +214,17 @@ def cudnn_frontend(problem: Problem) -> Participant:
     )
 
 
+def cudnn_frontend_splits(problem: Problem) -> Participant:
+    """As `cudnn_frontend`, forward only, with the library's rule for splitting the lists."""
+    _check("cudnn", problem)
+    setting = problem.setting
+    if setting.volume != 64:
+        raise Absent(f"the rule is for blocks of 64 tokens, got {setting.volume}")
+    q, k, v = _blocks(problem, BLOCKS)
+    rest = (problem.lists, setting.volume, setting.scale)
+    return Participant(BLOCKS, lambda: libraries.cudnn_forward(q, k, v, None, *rest, splits="auto"))
+
+
 OURS = "bsa_compile"
 DETERMINISTIC, GIVEN_LISTS = f"{OURS}, deterministic", "FlashAttention-4, lists given"
 BACKWARD_ONLY = (DETERMINISTIC, GIVEN_LISTS)  # their forward is that of another participant
@@ -222,6 +233,7 @@ SPARSE: dict[str, Callable[[Problem], Participant]] = {
     OURS: native,
     DETERMINISTIC: functools.partial(native, deterministic=True),
     "cuDNN frontend BSA": cudnn_frontend,
+    "cuDNN frontend BSA, kv_splits auto": cudnn_frontend_splits,
     "FlexAttention": flex_attention,
     "FlashAttention-4": flash_attn_4,
     GIVEN_LISTS: flash_attn_4_given_lists,

@@ -143,9 +143,20 @@ def _fa4_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, indices: Tensor, volume: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor | None,
+    indices: Tensor,
+    volume: int,
+    scale: float,
+    splits: int | str = 1,
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v `[B, H, S, D]` in tile order to out and LSE; without counts every row takes all its indices."""
+    """q, k, v `[B, H, S, D]` in tile order to out and LSE.
+
+    Without counts every row takes all its indices. `splits` parts every row's list to keep its keys in L2; "auto" goes
+    by the library's own rule, which needs tiles of 64 tokens and no counts.
+    """
     import cudnn
 
     result = cudnn.BSA.block_sparse_attention_forward(
@@ -157,6 +168,7 @@ def cudnn_forward(
         sparse_block_size=volume,
         allow_empty_block_nums=counts is not None,
         softmax_scale=scale,
+        kv_splits=splits,
     )
     return result["o_tensor"], result["lse_tensor"]
 
