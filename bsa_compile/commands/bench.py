@@ -18,8 +18,11 @@ from bsa_compile.capture import AttentionInputs, select_tiles
 from bsa_compile.commands import bench_peers, common, console
 from bsa_compile.errors import PolicyError, must
 from bsa_compile.files import check_writable
+from bsa_compile.grid import Shape3
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.ops.validate import check_head_dim
+from bsa_compile.selection import BlockSelection
+from bsa_compile.structured import shared_fraction
 from bsa_compile.timing import Timing, measure, timed
 
 TEXT_TOKENS = 16
@@ -110,9 +113,17 @@ def bench_attention(args: argparse.Namespace, device: torch.device) -> dict[str,
         "dtype": sizes["dtype"],
         "policy": policy.to_dict(),
         "kept": selection.density,
+        "shared_fraction": shared(selection, grid.shape, tile_q),
         **summary(times),
         "unavailable": unavailable,
     }
+
+
+def shared(selection: BlockSelection, grid: Shape3, tile: Shape3) -> float | None:
+    """Share of their lists that query tiles have in common with their neighbour along w; None without neighbours."""
+    if grid[2] <= tile[2]:
+        return None
+    return shared_fraction(selection.kv_num_blocks, selection.kv_indices, grid, tile)
 
 
 def attention_sizes(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -176,6 +187,8 @@ def as_text(data: dict[str, Any], device: torch.device) -> str:
     sizes = [f"grid {console.shape(data['grid'])}", f"{data['tokens']:,} tokens", data["dtype"]]
     if data["what"] == "attention":
         sizes += [f"{data['heads']} heads of {data['head_dim']}", f"{console.percent(data['kept'])} of tile pairs kept"]
+        if data["shared_fraction"] is not None:
+            sizes.append(f"w-neighbours share {data['shared_fraction']:.0%} of their blocks")
     else:
         sizes += [data["checkpoint"], f"backend {data['backend']}"]
     rows = [("", "median", "min", "max")]

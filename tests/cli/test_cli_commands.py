@@ -201,6 +201,7 @@ def test_bench_attention(cli, tmp_path):
     assert f"torch {__import__('torch').__version__}" in result.out
     data = json.loads(path.read_text())
     assert data["kept"] == 0.5
+    assert f"w-neighbours share {data['shared_fraction']:.0%} of their blocks" in result.out
     assert len(data["times"]["dense"]["seconds"]) == 2
     assert set(data["times"]) == {"dense", "block-sparse", "pool and select", "attend"}
 
