@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +157,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     sweeps = ("sparsity", "tokens", "kept")
     peers.add_argument("--sweep", type=_among(*sweeps), metavar="S,...", help=f"also vary {', '.join(sweeps)}")
     peers.add_argument("--rounds", type=_positive, default=2, metavar="N", help="of all measurements (default: 2)")
-    peers.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing later")
+    peers.add_argument("--budget", type=_positive, default=math.inf, metavar="SECONDS", help="begin nothing later")
     peers.add_argument("--plot", metavar="FILE", help="PNG of time against sparsity and tokens")
     peers.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: 0)")
     model.add_argument("--checkpoint", metavar="DIR", help="default: the tiny checkpoint of the demo")

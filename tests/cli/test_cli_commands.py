@@ -143,6 +143,13 @@ def test_explain_json(cli):
     assert data["other_flops"] > linears
 
 
+def test_explain_says_who_attends_and_why(cli, tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text(BSAPolicy(attend="auto").to_json())
+    result = cli("explain", TINY, *SMALL, "--policy", policy)
+    assert "attend by native (auto: the device that runs it decides)" in result.out
+
+
 def test_explain_reads_the_parent_folder(cli, tmp_path):
     (tmp_path / "dit").mkdir()
     (tmp_path / "dit" / "config.json").write_bytes((TINY / "config.json").read_bytes())
