@@ -282,9 +282,11 @@ def test_rope_turns_pairs_by_position():
 
 def test_rope_of_head_dim_128_splits_44_42_42():
     cos, sin = rope_tables((2, 2, 2), 128, torch.device("cpu"))
-    assert cos.shape == sin.shape == (8, 64)
+    assert cos.shape == sin.shape == (8, 128)
+    assert torch.equal(cos[:, ::2], cos[:, 1::2])
+    assert torch.equal(sin[:, ::2], -sin[:, 1::2])
     turned = [(sin[1 << axis] != 0).nonzero().flatten() for axis in range(3)]  # tokens one step along w, h, t
-    assert [(t.min().item(), t.max().item() + 1) for t in turned] == [(43, 64), (22, 43), (0, 22)]
+    assert [(t.min().item(), t.max().item() + 1) for t in turned] == [(86, 128), (44, 86), (0, 44)]
 
 
 def test_rms_norm_keeps_the_dtype_under_autocast():

@@ -12,7 +12,7 @@ from torch import Tensor
 _BASE = 10000.0
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each `Float32[Tensor, "s d/2"]`."""
+"""cos and sin of every dim of every token, each `Float32[Tensor, "s d"]`; sin is negative for the even dims."""
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -30,7 +30,8 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
         device: Where the tables are made.
 
     Returns:
-        cos and sin, each `Float32[Tensor, "t*h*w head_dim/2"]`: one value per interleaved pair.
+        cos and sin, each `Float32[Tensor, "t*h*w head_dim"]`: both dims of an interleaved pair have the same angle, and
+        sin has the sign with which the other dim of the pair counts.
 
     Source:
         Su et al. 2021 (RoFormer), per axis as in the public LongCat-Video code.
@@ -44,7 +45,8 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
         shape[axis] = size
         cos_parts.append(angles.cos().view(shape).expand(*grid, dim // 2))
         sin_parts.append(angles.sin().view(shape).expand(*grid, dim // 2))
-    return torch.cat(cos_parts, dim=-1).flatten(0, 2), torch.cat(sin_parts, dim=-1).flatten(0, 2)
+    cos, sin = torch.cat(cos_parts, dim=-1).flatten(0, 2), torch.cat(sin_parts, dim=-1).flatten(0, 2)
+    return torch.stack((cos, cos), dim=-1).flatten(1), torch.stack((-sin, sin), dim=-1).flatten(1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -58,5 +60,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
         The same shape and dtype; computed in fp32.
     """
     cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, S, D/2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    x32 = x.float()
+    # The other dim of each pair by an index that inductor computes: joining even and odd results by `stack` instead made
+    # it write both as fp32 tensors, 13 ms of a block of LongCat at 84,480 tokens (H100).
+    other = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x32 * cos + other * sin).to(x.dtype)
