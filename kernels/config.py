@@ -194,9 +194,18 @@ class ScoreLaunch:
     num_stages: int
 
 
-def pool_launch(positions: int, head_dim: int) -> Launch:
-    """Preset of the pooling kernel; `block_q` is the number of rows that it sums at a time."""
-    return Launch(_block(positions, 64), 0)
+@dataclass(frozen=True)
+class PoolLaunch:
+    """Launch of the pooling kernel: rows that are summed at a time, and how many tiles one program takes in turn."""
+
+    block: int
+    tiles_at_once: int
+    num_warps: int
+
+
+def pool_launch(positions: int) -> PoolLaunch:
+    """Preset of the pooling kernel."""
+    return PoolLaunch(_block(positions, 64), 4, 2)
 
 
 def score_launch(head_dim: int, device: torch.device) -> ScoreLaunch:
