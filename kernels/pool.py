@@ -21,7 +21,6 @@ def _pool(
     heads,
     tiles,
     grid,
-    tiles_at_once,
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -30,25 +29,21 @@ def _pool(
     TILED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Means of `tiles_at_once` neighbouring tiles of one head: what does not depend on the tile is computed once."""
-    programs = tl.cdiv(tiles, tiles_at_once)
-    pair = tl.program_id(0) // programs  # (batch, head)
-    first = tl.program_id(0) % programs * tiles_at_once
+    """Mean of one tile of one head: pooled [B * H, tiles, HEAD_DIM]."""
+    pair = tl.program_id(0) // tiles  # (batch, head)
+    tile = tl.program_id(0) % tiles
     x_ptr = head_pointer(x_ptr, strides, pair // heads, pair % heads, ALIGN)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(0, parts(TILE, BLOCK)):
+        position = part * BLOCK + tl.arange(0, BLOCK)
+        origin, offset, valid = tile_tokens(tile, position, grid, TILE, TILED)
+        rows = load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+        total += tl.sum(rows.to(tl.float32), 0)
+    t, h, w = tile_origin(tile, grid, TILE)
+    count = tl.minimum(TILE[0], grid[0] - t) * tl.minimum(TILE[1], grid[1] - h) * tl.minimum(TILE[2], grid[2] - w)
     column = tl.arange(0, BLOCK_D)
-    pooled_ptr += pair.to(tl.int64) * tiles * HEAD_DIM
-    for n in range(0, tl.minimum(tiles_at_once, tiles - first)):
-        tile = first + n
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for part in range(0, parts(TILE, BLOCK)):
-            position = part * BLOCK + tl.arange(0, BLOCK)
-            origin, offset, valid = tile_tokens(tile, position, grid, TILE, TILED)
-            rows = load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
-            total += tl.sum(rows.to(tl.float32), 0)
-        t, h, w = tile_origin(tile, grid, TILE)
-        count = tl.minimum(TILE[0], grid[0] - t) * tl.minimum(TILE[1], grid[1] - h) * tl.minimum(TILE[2], grid[2] - w)
-        mean = total / count.to(tl.float32)
-        tl.store(pooled_ptr + tile.to(tl.int64) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+    target = pooled_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + column
+    tl.store(target, total / count.to(tl.float32), mask=column < HEAD_DIM)
 
 
 def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tensor:
@@ -64,17 +59,17 @@ def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tenso
     batch, heads, _, head_dim = x.shape
     tiles = config.num_tiles(grid, tile)
     pooled = torch.empty(batch, heads, tiles, head_dim, dtype=torch.float32, device=x.device)
-    launch = config.pool_launch(config.volume(tile))
+    block, warps = config.pool_launch(config.volume(tile), head_dim * x.element_size())
     if pooled.numel():
-        _pool[(batch * heads * triton.cdiv(tiles, launch.tiles_at_once),)](
-            x, pooled, x.stride()[:3], heads, tiles, tuple(grid), launch.tiles_at_once,
+        _pool[(batch * heads * tiles,)](
+            x, pooled, x.stride()[:3], heads, tiles, tuple(grid),
             TILE=tuple(tile),
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, config.next_power_of_two(head_dim)),
             ALIGN=common_alignment(x),
-            BLOCK=launch.block,
+            BLOCK=block,
             TILED=layout == "tile",
-            MASKED=needs_mask(grid, tile, launch.block),
-            num_warps=launch.num_warps,
+            MASKED=needs_mask(grid, tile, block),
+            num_warps=warps,
         )  # fmt: skip
     return pooled
