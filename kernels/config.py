@@ -167,24 +167,65 @@ def backward_k_launch(volume_q: int, volume_k: int, head_dim: int, dtype: torch.
     return Launch(_block(volume_q, 64), _block(volume_k, 64), 4 if boxes or head_dim <= 64 else 8, stages)
 
 
-SCORE_BLOCK_D = 32  # of the head dimension, at a time
-SELECT_BLOCK = 8192  # columns of a score row that one program keeps in registers
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the columns of a score row lie, so that a program reads it coalesced and each thread gets a run of columns.
+
+    A row is `segments` segments of `threads` x `groups` x 4 columns. Thread t has the columns from 4 * groups * t on,
+    in groups of 4; the g-th groups of all threads lie together: position (g * threads + t) * 4 + i holds column
+    t * 4 * groups + 4 * g + i. So ranks within a row are sums within threads and one scan over threads.
+
+    Attributes:
+        threads: Threads of the program that reads a row.
+        groups: Groups of 4 columns that a thread holds in registers.
+        segments: Segments of a row; with more than one, the row does not stay in registers.
+    """
+
+    threads: int
+    groups: int
+    segments: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of a row, padding included: a multiple of 128."""
+        return 4 * self.threads * self.groups * self.segments
 
 
-def pool_launch(positions: int, head_dim: int) -> Launch:
-    """Preset of the pooling kernel; `block_q` is the number of rows that it sums at a time."""
-    return Launch(_block(positions, 64), 0)
+SELECT_GROUPS = 16  # 64 scores in the registers of a thread
 
 
-def score_launch(head_dim: int) -> Launch:
-    """Preset of the fp32 score kernel."""
-    return Launch(64, 64)
+def row_layout(tiles_k: int) -> RowLayout:
+    """Layout of score rows over so many key tiles: the fewest warps that hold a row, or 8 that read it in segments."""
+    for threads in (32, 64, 128, 256):
+        if tiles_k <= 4 * threads * SELECT_GROUPS:
+            return RowLayout(threads, max(1, -(-tiles_k // (4 * threads))))
+    return RowLayout(256, SELECT_GROUPS, -(-tiles_k // (4 * 256 * SELECT_GROUPS)))
 
 
-def score_precision(device: torch.device) -> str:
-    """`input_precision` of the fp32 score product: never a single tf32 product."""
-    tf32 = torch.version.hip is None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "tf32x3" if tf32 else "ieee"
+@dataclass(frozen=True)
+class ScoreLaunch:
+    """Launch of the score kernel: blocks, and how many blocks of keys one program takes."""
+
+    block_q: int
+    block_k: int
+    blocks_at_once: int
+    num_warps: int
+    num_stages: int
+
+
+def pool_launch(positions: int, row_bytes: int) -> tuple[int, int]:
+    """Preset of the pooling kernel: rows of a tile that are read at once, and warps. A warp holds at most 16 KB."""
+    block = _block(positions, 64)
+    # H100, triton 3.6, 64 rows of 256 bytes: 134 us for 346 MB with one warp, 136 with two, 142 with four.
+    return block, min(8, max(1, next_power_of_two(block * row_bytes) // 2**14))
+
+
+def score_launch(head_dim: int, device: torch.device) -> ScoreLaunch:
+    """Preset of the score kernel."""
+    if has_boxes(device) and head_dim <= 128:
+        # H100, triton 3.6, 8 x 1320 x 1320, head_dim 128: 52 us; two stages leave room for one program only, 62.
+        return ScoreLaunch(128, 64, 8, 8, 1)
+    return ScoreLaunch(64, 32, 8, 4, 1) if head_dim <= 128 else ScoreLaunch(32, 32, 8, 4, 1)
 
 
 def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -> BoxPlan | str:

@@ -29,19 +29,21 @@ def _pool(
     TILED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    row = tl.program_id(0)  # (batch, head, tile)
-    tile = row % tiles
-    x_ptr = head_pointer(x_ptr, strides, row // tiles // heads, row // tiles % heads, ALIGN)
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    """Mean of one tile of one head: pooled [B * H, tiles, HEAD_DIM]."""
+    pair = tl.program_id(0) // tiles  # (batch, head)
+    tile = tl.program_id(0) % tiles
+    x_ptr = head_pointer(x_ptr, strides, pair // heads, pair % heads, ALIGN)
+    total = tl.zeros([BLOCK_D], tl.float32)
     for part in range(0, parts(TILE, BLOCK)):
         position = part * BLOCK + tl.arange(0, BLOCK)
         origin, offset, valid = tile_tokens(tile, position, grid, TILE, TILED)
-        total += load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN).to(tl.float32)
+        rows = load_rows(x_ptr, strides[2], origin, offset, valid, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+        total += tl.sum(rows.to(tl.float32), 0)
     t, h, w = tile_origin(tile, grid, TILE)
     count = tl.minimum(TILE[0], grid[0] - t) * tl.minimum(TILE[1], grid[1] - h) * tl.minimum(TILE[2], grid[2] - w)
     column = tl.arange(0, BLOCK_D)
-    mean = tl.sum(total, 0) / count.to(tl.float32)
-    tl.store(pooled_ptr + row.to(tl.int64) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+    target = pooled_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + column
+    tl.store(target, total / count.to(tl.float32), mask=column < HEAD_DIM)
 
 
 def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tensor:
@@ -57,7 +59,7 @@ def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tenso
     batch, heads, _, head_dim = x.shape
     tiles = config.num_tiles(grid, tile)
     pooled = torch.empty(batch, heads, tiles, head_dim, dtype=torch.float32, device=x.device)
-    launch = config.pool_launch(config.volume(tile), head_dim)
+    block, warps = config.pool_launch(config.volume(tile), head_dim * x.element_size())
     if pooled.numel():
         _pool[(batch * heads * tiles,)](
             x, pooled, x.stride()[:3], heads, tiles, tuple(grid),
@@ -65,9 +67,9 @@ def pool(x: Tensor, grid: Triple, tile: Triple, layout: str = "raster") -> Tenso
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, config.next_power_of_two(head_dim)),
             ALIGN=common_alignment(x),
-            BLOCK=launch.block_q,
+            BLOCK=block,
             TILED=layout == "tile",
-            MASKED=needs_mask(grid, tile, launch.block_q),
-            num_warps=launch.num_warps,
+            MASKED=needs_mask(grid, tile, block),
+            num_warps=warps,
         )  # fmt: skip
     return pooled

@@ -63,9 +63,15 @@ def block_sparse_attention(
     q, k, v = (_unit_last_stride(x) for x in _autocast(q, k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    q_pooled = torch.ops.bsa.pool.default(q.detach(), q_grid, q_tile, layout)
-    k_pooled = torch.ops.bsa.pool.default(k.detach(), k_grid, k_tile, layout)
-    kv_num_blocks, kv_indices = torch.ops.bsa.select.default(q_pooled, k_pooled, sparsity, cdf_threshold, scale)
+    pool = torch.ops.bsa.pool.default
+    # The pooled tensors have no names: they are gone before the output is allocated.
+    kv_num_blocks, kv_indices = torch.ops.bsa.select.default(
+        pool(q.detach(), q_grid, q_tile, layout),
+        pool(k.detach(), k_grid, k_tile, layout),
+        sparsity,
+        cdf_threshold,
+        scale,
+    )
     out, lse = torch.ops.bsa.attend.default(
         q, k, v, kv_num_blocks, kv_indices, q_grid, q_tile, k_grid, k_tile, scale, layout, implementation
     )

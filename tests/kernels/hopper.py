@@ -1,7 +1,8 @@
-"""Compiles the launchers' kernels for an H100 on a machine without one and prints their resources as JSON.
+"""Compiles the launchers' kernels for a GPU on a machine without one and prints their resources as JSON.
 
-`python -m tests.kernels.hopper`, in a process whose Triton is not interpreting. Triton asks its driver for the target;
-this driver says sm_90, and every launch stops after compilation. The tensors are on the meta device.
+`python -m tests.kernels.hopper [capability]`, 90 if not given, in a process whose Triton is not interpreting. Triton
+asks its driver for the target; this driver names it, and every launch stops after compilation. The tensors are on the
+meta device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,22 @@ from bsa_compile.kernels.config import Triple
 from bsa_compile.kernels.hopper_forward import attend_forward_hopper
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.select import select
+from bsa_compile.kernels.share import share_lists
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 compiled: list[tuple[str, Any]] = []
 
 
-class Hopper:
+class Driver:
     """Stands in for Triton's CUDA driver."""
 
     launcher_cls = utils = None
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -45,8 +51,8 @@ class Hopper:
         return 0
 
 
-def only_compile() -> None:
-    """From here on a launch compiles its kernel, notes it in `compiled`, and runs nothing."""
+def only_compile(capability: int = 90) -> None:
+    """From here on a launch compiles its kernel for that GPU, notes it in `compiled`, and runs nothing."""
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -54,7 +60,8 @@ def only_compile() -> None:
         compiled.append((self.__name__, kernel))
         return kernel
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver(capability))
+    config.has_boxes = lambda device: capability >= 90
     JITFunction.run = compile_only
 
 
@@ -85,6 +92,7 @@ def compile_all(
     layout: str = "raster",
     path: str | None = None,
     fused: bool = False,
+    cdf: float | None = None,
 ) -> dict[str, dict[str, int]]:
     """Resources of every kernel of one call, forward and backward, by name."""
     compiled.clear()
@@ -94,14 +102,22 @@ def compile_all(
     if fused:
         q = torch.empty(1, tokens, 3, heads, head_dim, dtype=dtype, device="meta")[:, :, 0].transpose(1, 2)
     pooled = pool(q, grid, tile, layout)
-    counts, lists = select(pooled, pooled, max(1, tiles // 16), None, head_dim**-0.5)
+    counts, lists = select(pooled, pooled, max(1, tiles // 16), cdf, head_dim**-0.5)
+    if cdf is not None:  # the other kernels do not depend on the criterion
+        return {name: resources(kernel) for name, kernel in compiled}
     tail = (grid, tile, grid, tile, head_dim**-0.5, layout)
     out, lse = attend_forward(q, q, q, counts, lists, *tail, path=path)
     plans = config.plan_gluon(q, q, q, *tail)
-    if path is None and not isinstance(plans, str):
+    if capability() != 90:
+        share_lists(counts, lists, grid, tile, 64, 2)
+    elif path is None and not isinstance(plans, str):
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}
+
+
+def capability() -> int:
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 PRODUCTION: dict[str, dict[str, Any]] = {
@@ -109,8 +125,13 @@ PRODUCTION: dict[str, dict[str, Any]] = {
     "24x45x80, fused qkv": {"grid": (24, 45, 80), "tile": (4, 4, 4), "fused": True},
     "24x44x80, 128": {"grid": (24, 44, 80), "tile": (4, 4, 8)},
     "24x44x80 by pointers": {"grid": (24, 44, 80), "tile": (4, 4, 4), "path": "pointer"},
+    "24x44x80, mass": {"grid": (24, 44, 80), "tile": (4, 4, 4), "cdf": 0.5},
+}
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "24x44x80": {"grid": (24, 44, 80), "tile": (4, 4, 4)},
 }
 
 if __name__ == "__main__":
-    only_compile()
-    print(json.dumps({name: compile_all(**options) for name, options in PRODUCTION.items()}))
+    only_compile(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    cases = PRODUCTION if capability() == 90 else ELSEWHERE
+    print(json.dumps({name: compile_all(**options) for name, options in cases.items()}))

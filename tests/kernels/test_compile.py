@@ -1,4 +1,4 @@
-"""The kernels compile for an H100 without one: tensor cores and boxes where they should be, and no spills."""
+"""The kernels compile for GPUs without one: tensor cores and boxes where they should be, and no spills."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def cuobjdump() -> Path:
     return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-@pytest.fixture(scope="module")
-def resources():
+def compiled_for(capability: int) -> dict[str, dict[str, dict[str, int]]]:
+    """What `tests.kernels.hopper` prints: case -> kernel -> resources."""
     if not cuobjdump().exists():
         pytest.skip("this Triton comes without cuobjdump")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.hopper"],
+        [sys.executable, "-m", "tests.kernels.hopper", str(capability)],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         cwd=ROOT,
         capture_output=True,
@@ -36,6 +36,24 @@ def resources():
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return compiled_for(90)
+
+
+# Shared memory of a program, in KB: A100, L40 and RTX 4090, B200.
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (100, 227)], ids=["sm_80", "sm_89", "sm_100"])
+def test_the_portable_kernels_fit_other_gpus(capability, shared):
+    kernels = compiled_for(capability)["24x44x80"]
+    assert {"_pool", "_score", "_choose", "_attend_forward", "backward_q_kernel", "backward_k_kernel"} <= set(kernels)
+    assert {"_share", "_set_bits", "_read_bits"} <= set(kernels)
+    for name, used in kernels.items():
+        assert used["shared"] <= shared * 1024, (name, used)
+        assert used["stack"] <= 72, (name, used)
+    assert (kernels["_attend_forward"]["tma"] > 0) == (capability >= 90)
 
 
 @pytest.mark.slow
@@ -52,7 +70,8 @@ def test_production_kernels_do_not_spill(resources):
 
 @pytest.mark.slow
 def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
-    for case, kernels in resources.items():
+    for case in resources.keys() - {"24x44x80, mass"}:
+        kernels = resources[case]
         for name in ("_attend_forward", "backward_q_kernel", "backward_k_kernel"):
             assert kernels[name]["wgmma"] > 0, (case, name)
             assert (kernels[name]["tma"] > 0) == ("pointers" not in case), (case, name)

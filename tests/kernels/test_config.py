@@ -139,6 +139,14 @@ def test_presets_are_usable(positions, head_dim):
                     assert block < 2 * max(16, positions)
 
 
+@pytest.mark.parametrize(("positions", "row_bytes", "warps"), [(64, 256, 1), (64, 1024, 4), (8, 32, 1), (1000, 512, 2)])
+def test_a_pooling_warp_holds_at_most_16_kb(positions, row_bytes, warps):
+    block, chosen = config.pool_launch(positions, row_bytes)
+    assert block <= 64
+    assert chosen == warps
+    assert block * row_bytes <= chosen * 2**14
+
+
 def test_the_presets_need_no_triton():
     code = "import sys; sys.modules['triton'] = None; from bsa_compile.kernels import config"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,6 +16,7 @@ from bsa_compile.kernels.config import Triple
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.select import select
 from bsa_compile.kernels.transpose import transpose_selection
+from bsa_compile.ops.functional import block_sparse_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -278,6 +279,43 @@ def test_selection_from_long_rows(tiles, count, mass, device):
         last = torch.where(chosen, p, math.inf).amin(-1)
         assert bool((reached >= mass - 1e-6).all())
         assert bool(((reached - last < mass + 1e-6) | (counts <= (count or 1))).all())
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7], ids="{} values".format)
+def test_ties_go_to_the_lower_index_in_long_rows(levels, device):
+    """Scores of few values, exact in fp32: count and mass cut through hundreds of equal ones."""
+    tiles, scale = 1320, 0.25
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.randint(0, levels, (1, 2, 50, tiles), generator=generator, device=device).float()
+    for count, mass in ((82, None), (None, 0.5), (600, 0.5)):
+        for head in range(2):
+            # Key j is the j-th row of scores [rows, tiles] transposed, and query i picks its element i.
+            k = torch.nn.functional.pad(scores[:, head : head + 1].transpose(-1, -2), (0, 14)).contiguous()
+            q = torch.eye(64, device=device)[None, None, :50]
+            counts, lists = select(q, k, count, mass, scale)
+            order = scores[0, head].sort(dim=-1, descending=True, stable=True)
+            p = (order.values.double() * scale).softmax(-1).cumsum(-1)
+            needed = 1 if mass is None else (p < mass - 1e-9).sum(-1) + 1
+            expected = torch.as_tensor(needed, device=device).clamp(min=count or 1).expand(50)
+            assert torch.equal(counts[0, 0].long(), expected)
+            for row in range(50):
+                n = int(counts[0, 0, row])
+                assert torch.equal(lists[0, 0, row, :n].long(), order.indices[row, :n].sort().values)
+
+
+@pytest.mark.parametrize("mass", [None, 0.5], ids=["count", "mass"])
+def test_extra_memory_of_the_whole_op(mass, device):
+    """Beyond its inputs and its output it needs at most a tenth of q, and with a mass the room for all key tiles."""
+    grid, heads = (24, 44, 80), 8
+    q, k, v = (torch.randn(1, heads, math.prod(grid), 128, dtype=torch.bfloat16, device=device) for _ in range(3))
+    rows, tiles = heads * 1320, 1320
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    sparsity = None if mass else 0.9375
+    out = block_sparse_attention(q, k, v, grid_q=grid, sparsity=sparsity, cdf_threshold=mass)
+    extra = torch.cuda.max_memory_allocated(device) - before - out.nbytes
+    lists = 0 if mass is None else 2 * 4 * rows * tiles  # the lists and the load programs made of them
+    assert extra <= q.nbytes // 10 + lists
 
 
 def test_transposed_lists_of_a_production_selection(device):

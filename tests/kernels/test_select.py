@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bsa_compile import reference
 from bsa_compile.kernels import select as module
+from bsa_compile.kernels.config import RowLayout
 from bsa_compile.kernels.select import select
 from tests.attention_cases import INT32_MAX, scores_as_pooled, unpack
 
@@ -19,11 +20,16 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def select_scores(
-    scores: Tensor, count: int | None, mass: float | None, scale: float, device: torch.device, block: int | None = None
+    scores: Tensor,
+    count: int | None,
+    mass: float | None,
+    scale: float,
+    device: torch.device,
+    layout: RowLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Counts and the mask of what was chosen, of given `[B, H, Nq, Nk]` scores; checks what is always true."""
     q, k = scores_as_pooled(scores)
-    counts, lists = (x.cpu() for x in select(q.to(device), k.to(device), count, mass, scale, block=block))
+    counts, lists = (x.cpu() for x in select(q.to(device), k.to(device), count, mass, scale, layout=layout))
     num_k = scores.shape[-1]
     assert counts.dtype == lists.dtype == torch.int32
     assert lists.shape == (*scores.shape[:3], num_k if mass is not None else count)
@@ -82,14 +88,17 @@ def test_the_best_tiles_are_chosen_and_no_more(device, shape, criteria, kind, se
 
 
 @pytest.mark.parametrize(
-    ("count", "mass"), [(4, None), (None, 0.7), (3, 0.4), (None, 1.0)], ids=["count", "mass", "both", "all"]
+    ("count", "mass"), [(40, None), (None, 0.7), (150, 0.4), (None, 1.0)], ids=["count", "mass", "both", "all"]
 )
-def test_rows_longer_than_a_block(count, mass, device):
-    scores = random_scores((1, 1, 2, 37), 5, "ties")
-    whole = select_scores(scores, count, mass, 0.2, device)
-    blocks = select_scores(scores, count, mass, 0.2, device, block=16)
-    for a, b in zip(whole, blocks, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("layout", [RowLayout(32, 3), RowLayout(64, 2), RowLayout(32, 1, 3)], ids=str)
+def test_rows_of_several_groups_warps_and_segments(count, mass, layout, device):
+    scores = random_scores((1, 1, 2, 300), 5, "ties")
+    counts, mask = select_scores(scores, count, mass, 0.2, device, layout)
+    assert torch.equal(mask, best(scores, counts))
+    expected = torch.full((1, 1, 2), 300 if mass == 1.0 else count or 1)
+    if mass is not None:
+        expected = torch.maximum(expected, mass_counts(scores, mass, 0.2))
+    assert torch.equal(counts, expected)
 
 
 def test_heads_that_share_keys(device):
@@ -149,7 +158,7 @@ def test_odd_scales_stay_in_bounds(scale, device):
     assert set(chosen) <= set(range(5))
 
 
-@pytest.mark.parametrize("entries", [5, 2 * 3 * 5], ids=["rows at a time", "heads at a time"])
+@pytest.mark.parametrize("entries", [128, 2 * 3 * 128], ids=["rows at a time", "heads at a time"])
 def test_scratch_is_bounded(entries, device, monkeypatch):
     scores = random_scores((2, 2, 3, 5), 7, "real")
     whole = select_scores(scores, 2, None, 1.0, device)
