@@ -202,15 +202,35 @@ def row_layout(tiles_k: int) -> RowLayout:
     return RowLayout(256, SELECT_GROUPS, -(-tiles_k // (4 * 256 * SELECT_GROUPS)))
 
 
+SCORE_PROGRAMS = 264  # two for each of an H100's multiprocessors
+
+
 @dataclass(frozen=True)
 class ScoreLaunch:
-    """Launch of the score kernel: blocks, and how many blocks of keys one program takes."""
+    """Launch of the score kernel.
+
+    Attributes:
+        block_q: Query tiles of a program.
+        block_k: Key tiles that it takes at a time.
+        most_at_once: How many blocks of key tiles it takes at most, one after the other.
+        num_warps: Warps of a program.
+        num_stages: Depth of the pipeline over the blocks of keys.
+        gluon: Whether it is the kernel written for Hopper, whose blocks and warps are fixed.
+    """
 
     block_q: int
     block_k: int
-    blocks_at_once: int
+    most_at_once: int
     num_warps: int
     num_stages: int
+    gluon: bool = False
+
+    def at_once(self, blocks_q: int, blocks_k: int) -> int:
+        """Blocks of keys for each program: few enough that there is work for the whole GPU."""
+        return max(1, min(self.most_at_once, blocks_k, -(-blocks_q * blocks_k // SCORE_PROGRAMS)))
+
+
+HOPPER_SCORE = ScoreLaunch(128, 64, 8, 8, 3, gluon=True)
 
 
 def pool_launch(positions: int, row_bytes: int) -> tuple[int, int]:
@@ -222,6 +242,8 @@ def pool_launch(positions: int, row_bytes: int) -> tuple[int, int]:
 
 def score_launch(head_dim: int, device: torch.device) -> ScoreLaunch:
     """Preset of the score kernel."""
+    if device.type == "cuda" and 64 < head_dim <= 128 and not _why_no_gluon(device.index):
+        return HOPPER_SCORE
     if has_boxes(device) and head_dim <= 128:
         # H100, triton 3.6, 8 x 1320 x 1320, head_dim 128: 52 us; two stages leave room for one program only, 62.
         return ScoreLaunch(128, 64, 8, 8, 1)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsa_compile.kernels import config
-from bsa_compile.kernels.config import RowLayout
+from bsa_compile.kernels.config import RowLayout, ScoreLaunch
 
 _SPLIT_ROWS = 16
 _LARGEST = tl.constexpr(6)  # exponent of the largest element of a scaled row: far from fp16's limits on both sides
@@ -23,6 +23,16 @@ _LARGEST = tl.constexpr(6)  # exponent of the largest element of a scaled row: f
 def column_of(position, GROUPS: tl.constexpr, THREADS: tl.constexpr):
     """Column, within its segment, that lies at a position of a score row; see `config.RowLayout`."""
     return position // 4 % THREADS * (4 * GROUPS) + position // (4 * THREADS) * 4 + position % 4
+
+
+@triton.jit
+def quad_position(row):
+    """Position within its 16 that a row of the tensor cores' product gets, where a thread's two pairs become one quad.
+
+    A thread of theirs has columns 2 * t, 2 * t + 1, 8 + 2 * t and 9 + 2 * t of each 16, and thus positions 4 * t to
+    4 * t + 3.
+    """
+    return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
 
 
 @triton.jit
@@ -42,8 +52,9 @@ def _split(
     GROUPS: tl.constexpr,
     THREADS: tl.constexpr,
     ROWS: tl.constexpr,
+    QUADS: tl.constexpr,
 ):
-    """Write hi and lo of all query rows, then of all key rows in the order of a score row.
+    """Write hi and lo of all query rows, then of all key rows in the order of a score row (with QUADS, see there).
 
     parts [2, rows, BLOCK_D] fp16, factors [rows] fp32: row = (hi + lo) * factor; the factor of padding is NaN.
     """
@@ -58,6 +69,8 @@ def _split(
         x_ptr = k_ptr
         row = target - blocks_q.to(tl.int64) * ROWS
         position = row % width
+        if QUADS:
+            position = quad_position(position)
         segment = position // (4 * GROUPS * THREADS) * (4 * GROUPS * THREADS)
         tile = segment + column_of(position - segment, GROUPS, THREADS)
         source = row // width * tiles_k + tile
@@ -144,14 +157,17 @@ class Scorer:
         q_pooled: [B, H, Nq, D] fp32, contiguous.
         k_pooled: [B, Hkv, Nk, D] fp32, contiguous, H a multiple of Hkv.
         layout: Order and width of the score rows.
+        launch: Instead of the preset (for benchmarks and tests).
     """
 
-    def __init__(self, q_pooled: Tensor, k_pooled: Tensor, layout: RowLayout) -> None:
+    def __init__(
+        self, q_pooled: Tensor, k_pooled: Tensor, layout: RowLayout, *, launch: ScoreLaunch | None = None
+    ) -> None:
         batch, heads, self.tiles_q, head_dim = q_pooled.shape
         lists_k, tiles_k = batch * k_pooled.shape[1], k_pooled.shape[2]
         self.group = heads // k_pooled.shape[1]
         self.layout = layout
-        self.launch = config.score_launch(head_dim, q_pooled.device)
+        self.launch = launch or config.score_launch(head_dim, q_pooled.device)
         self.block_d = max(16, config.next_power_of_two(head_dim))
         rows_q = batch * heads * self.tiles_q
         blocks_q = triton.cdiv(rows_q, _SPLIT_ROWS)
@@ -166,7 +182,7 @@ class Scorer:
             q_pooled, k_pooled, self.parts, self.factors, rows_q, blocks_q, lists_k, tiles_k, layout.width,
             rows * self.block_d,
             HEAD_DIM=head_dim, BLOCK_D=self.block_d, GROUPS=layout.groups, THREADS=layout.threads, ROWS=_SPLIT_ROWS,
-            num_warps=4,
+            QUADS=self.launch.gluon, num_warps=4,
         )  # fmt: skip
 
     def __call__(self, scores: Tensor, first_list: int, pairs: int, first_row: int, rows: int) -> None:
@@ -176,11 +192,21 @@ class Scorer:
         """
         launch, width = self.launch, self.layout.width
         blocks_k = width // launch.block_k
-        at_once = max(1, min(launch.blocks_at_once, blocks_k))
-        programs = pairs * triton.cdiv(rows, launch.block_q) * triton.cdiv(blocks_k, at_once)
+        blocks_q = pairs * triton.cdiv(rows, launch.block_q)
+        at_once = launch.at_once(blocks_q, blocks_k)
+        programs = blocks_q * triton.cdiv(blocks_k, at_once)
+        place = first_list, first_row, rows, self.group, self.tiles_q, self.first_k
+        if launch.gluon:
+            from bsa_compile.kernels import hopper_score  # Gluon is not in every Triton
+
+            hopper_score._score_hopper[(programs,)](
+                hopper_score.key_box(self.parts), self.parts, self.factors, scores, *place,
+                self.parts.shape[1], width, at_once, SLOTS=launch.num_stages,
+                num_warps=launch.num_warps, maxnreg=hopper_score.MAX_REGISTERS,
+            )  # fmt: skip
+            return
         _score[(programs,)](
-            self.parts, self.factors, scores, first_list, first_row, rows, self.group, self.tiles_q, self.first_k,
-            width, self.parts.stride(0), at_once,
+            self.parts, self.factors, scores, *place, width, self.parts.stride(0), at_once,
             BLOCK_D=self.block_d, BLOCK_Q=launch.block_q, BLOCK_K=launch.block_k, STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )  # fmt: skip

@@ -55,7 +55,7 @@ def _load_segment(row_ptr, segment, GROUPS: tl.constexpr, THREADS: tl.constexpr)
     """Scores of a segment, as GROUPS tensors [THREADS, 4]."""
     scores = ()
     for g in tl.static_range(GROUPS):
-        scores = scores + (_load_group(row_ptr, segment * GROUPS + g, THREADS),)  # noqa: RUF005 (Triton has no stars)
+        scores = scores + (_load_group(row_ptr, segment * GROUPS + g, THREADS),)  # type: ignore[assignment]  # noqa: RUF005 (no stars)
     return scores
 
 
@@ -367,7 +367,7 @@ def _choose(
         if WHOLE:
             for g in tl.static_range(GROUPS):
                 weight = _weight(scores[g], _columns(0, g, GROUPS, THREADS), tiles_k, best, scale)
-                weights = weights + (weight,)  # noqa: RUF005
+                weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
         _, everything = _count_and_mass(
             scores, weights, row_ptr, _value(low), tiles_k, best, scale, segments, GROUPS, THREADS, WHOLE
         )

@@ -26,6 +26,7 @@ from bsa_compile.kernels.attend_forward import attend_forward
 from bsa_compile.kernels.config import Triple
 from bsa_compile.kernels.hopper_forward import attend_forward_hopper
 from bsa_compile.kernels.pool import pool
+from bsa_compile.kernels.score import Scorer
 from bsa_compile.kernels.select import select
 from bsa_compile.kernels.share import share_lists
 
@@ -111,6 +112,8 @@ def compile_all(
     if capability() != 90:
         share_lists(counts, lists, grid, tile, 64, 2)
     elif path is None and not isinstance(plans, str):
+        scorer = Scorer(pooled, pooled, config.row_layout(tiles), launch=config.HOPPER_SCORE)
+        scorer(torch.empty(heads * tiles * scorer.layout.width, device="meta"), 0, heads, 0, tiles)
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}

@@ -89,6 +89,16 @@ def test_the_hopper_kernel_is_specialised_by_warps(resources):
 
 
 @pytest.mark.slow
+def test_two_programs_of_the_hopper_score_share_a_multiprocessor(resources):
+    used = resources["24x44x80"]["_score_hopper"]
+    assert used["warps"] == 8
+    assert used["registers"] <= 128
+    assert 2 * (used["shared"] + 1024) <= 227 * 1024
+    assert used["wgmma"] == 3 * 8
+    assert used["tma"] > 0
+
+
+@pytest.mark.slow
 def test_three_programs_of_the_forward_share_a_multiprocessor(resources):
     used = resources["24x44x80"]["_attend_forward"]
     assert used["warps"] == 4

@@ -14,6 +14,7 @@ from bsa_compile.kernels.attend_backward import attend_backward
 from bsa_compile.kernels.attend_forward import attend_forward
 from bsa_compile.kernels.config import Triple
 from bsa_compile.kernels.pool import pool
+from bsa_compile.kernels.score import Scorer
 from bsa_compile.kernels.select import select
 from bsa_compile.kernels.transpose import transpose_selection
 from bsa_compile.ops.functional import block_sparse_attention
@@ -316,6 +317,25 @@ def test_extra_memory_of_the_whole_op(mass, device):
     extra = torch.cuda.max_memory_allocated(device) - before - out.nbytes
     lists = 0 if mass is None else 2 * 4 * rows * tiles  # the lists and the load programs made of them
     assert extra <= q.nbytes // 10 + lists
+
+
+@pytest.mark.parametrize("tiles", [(70, 300), (1320, 1320), (129, 5000)], ids=str)
+def test_the_score_kernels_agree(tiles, device):
+    """The kernel for Hopper and the portable one, on shared keys, parts of the rows, infinities and NaN."""
+    if not config.score_launch(128, device).gluon:
+        pytest.skip("the Hopper kernel does not run here")
+    tiles_q, tiles_k = tiles
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, tiles_q, 120, device=device), torch.randn(1, 2, tiles_k, 120, device=device)
+    q[0, 1, 3, 5], k[0, 1, 7, 9], k[0, 0, tiles_k - 1, 3] = math.inf, math.nan, -math.inf
+    layout = config.row_layout(tiles_k)
+    found = []
+    for launch in (config.HOPPER_SCORE, config.ScoreLaunch(64, 64, 4, 4, 1)):
+        scores = torch.full((2, tiles_q - 6, layout.width), math.nan, device=device)
+        Scorer(q, k, layout, launch=launch)(scores, 1, 2, 5, tiles_q - 6)
+        found.append(scores)
+    assert not bool(found[0].isnan().any())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-5)
 
 
 def test_transposed_lists_of_a_production_selection(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from bsa_compile import reference
 from bsa_compile.kernels import select as module
-from bsa_compile.kernels.config import RowLayout
+from bsa_compile.kernels.config import HOPPER_SCORE, RowLayout, ScoreLaunch
+from bsa_compile.kernels.score import Scorer
 from bsa_compile.kernels.select import select
 from tests.attention_cases import INT32_MAX, scores_as_pooled, unpack
 
@@ -108,6 +110,20 @@ def test_heads_that_share_keys(device):
     counts, lists = (x.cpu() for x in select(q.to(device), k.to(device), 3, None, 1.0))
     scores = reference.scores(q, k)
     assert torch.equal(unpack(counts, lists, 7), best(scores, counts))
+
+
+def test_keys_are_ordered_for_the_quads_of_the_hopper_kernel(device):
+    """A plain product in its place: what each of its threads holds, put side by side, is the portable kernel's row."""
+    generator = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(1, 1, n, 32, generator=generator).to(device) for n in (3, 300))
+    layout = RowLayout(32, 3)
+    expected = torch.empty(3, layout.width, device=device)
+    Scorer(q, k, layout, launch=ScoreLaunch(16, 64, 1, 4, 1))(expected, 0, 1, 0, 3)
+    scorer = Scorer(q, k, layout, launch=replace(HOPPER_SCORE, block_q=16))
+    rows = scorer.parts.float().sum(0) * scorer.factors[:, None]
+    product = rows[:3] @ rows[scorer.first_k :][: layout.width].T
+    quads = product.reshape(3, -1, 2, 4, 2).transpose(2, 3).reshape(3, -1)
+    torch.testing.assert_close(quads.nan_to_num(-math.inf), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_minus_zero_ties_with_zero(device):
