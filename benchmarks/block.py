@@ -4,8 +4,8 @@
     python benchmarks/block.py --grid 24,44,80
 
 The time of a block (hidden 4096, 32 heads of 128, random weights, bf16) is half of what two more blocks add to a model
-of two, so that embedding and head do not count. Dense attention is cuDNN's, the fastest in PyTorch on Hopper. Both sides
-are the same optimized model, switched. Peak memory is what the model of two blocks allocates beyond its weights.
+of two, so that embedding and head do not count. Dense attention is cuDNN's, the fastest in PyTorch on Hopper. Both
+sides are the same optimized model, switched. Peak memory is what the model of two blocks allocates beyond its weights.
 """
 
 from __future__ import annotations
