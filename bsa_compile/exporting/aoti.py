@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .. import __version__
 from .. import ops as ops  # registers torch.ops.bsa, which a package calls
@@ -21,6 +23,7 @@ from ..report import Report
 from .program import report_of
 
 _KEY = "bsa_compile"
+_LIBRARIES, _LIBSTDCXX = "aot_inductor.custom_op_libs", ":libstdc++.so.6"
 _MODEL = "model"  # the name that AOTInductor gives to a package's only model
 
 
@@ -53,6 +56,10 @@ def package(
     path = Path(path)
     about = {"version": __version__, "torch": _release(torch.__version__), "report": report.to_dict()}
     configs = {**(options or {}), "aot_inductor.metadata": {_KEY: json.dumps(about)}}
+    if platform.system() == "Linux" and any(x.device.type == "cuda" for x in _tensors(program)):
+        # By its file name, since a compiler may have no link to find it by and would take the static one: see
+        # `_check_linkage`.
+        configs[_LIBRARIES] = [*(configs.get(_LIBRARIES) or ()), _LIBSTDCXX]
     tag = f"bsa.{source_digest()}"
     with staged(path) as folder, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         try:
@@ -65,6 +72,12 @@ def package(
         _check_linkage(Path(made))
         os.replace(made, folder / path.name)
     return path
+
+
+def _tensors(program: torch.export.ExportedProgram) -> Iterator[torch.Tensor]:
+    """Weights, constants and example inputs."""
+    found = (program.state_dict.values(), program.constants.values(), tree_leaves(program.example_inputs))
+    return (x for x in itertools.chain(*found) if isinstance(x, torch.Tensor))
 
 
 def _check_linkage(path: Path) -> None:
