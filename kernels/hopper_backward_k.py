@@ -79,6 +79,18 @@ def _bring_tiles(
 
 
 @gluon.jit
+def _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero):
+    """Start S^T - lse / scale and dP^T - delta: the accumulators begin with the row statistics of the query block."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+    statistics = statistics_ring.index(slot)
+    s, _ = gl.broadcast(statistics.slice(0, ROWS).load(COLUMN)[None, :], zero)
+    s = warpgroup_mma(k, a_ring.index(slot).permute((1, 0)), s, is_async=True)
+    dp, _ = gl.broadcast(statistics.slice(ROWS, ROWS).load(COLUMN)[None, :], zero)
+    dp = warpgroup_mma(v, b_ring.index(slot).permute((1, 0)), dp, is_async=True)
+    return s, dp
+
+
+@gluon.jit
 def _consume(
     k_own,
     v_own,
@@ -108,7 +120,6 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     scale_log2 = scale * LOG2_E
     start = 0
     uses = 0
@@ -126,38 +137,33 @@ def _consume(
         dv = gl.zeros([ROWS, WIDTH], gl.float32, RESULT)
         zero = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
         if OVERLAP:
-            # The dk product of a block runs with the scores of the next, its dv product with its own dS.
+            # The dk product of a block runs before the scores of the next, its dv product with its own dS.
             if count > 0:
                 slot, uses = acquire(0, start, common, both, uses, full, WHICH, STAGES)
-                s = warpgroup_mma(k, a_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                dp = warpgroup_mma(v, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+                s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
                 s = warpgroup_mma_wait(1, [s])
-                lse = statistics_ring.index(slot).slice(0, ROWS).load(COLUMN)
-                p = gl.exp2(s * scale_log2 - lse[None, :])
+                p = gl.exp2(s * scale_log2)
                 weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
                 dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
                 dp = warpgroup_mma_wait(1, [dp])
-                delta = statistics_ring.index(slot).slice(ROWS, ROWS).load(COLUMN)
-                ds = (p * (dp - delta[None, :])).to(a_ring.dtype)
+                ds = (p * dp).to(a_ring.dtype)
                 dv, ds = warpgroup_mma_wait(0, [dv_next, ds])
                 for step in range(1, count):
                     before = slot
                     slot, uses = acquire(step, start, common, both, uses, full, WHICH, STAGES)
-                    s = warpgroup_mma(k, a_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                     left = gl.convert_layout(ds, WEIGHTS)
                     dk_next = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
-                    dp = warpgroup_mma(v, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    s = warpgroup_mma_wait(2, [s])
-                    lse = statistics_ring.index(slot).slice(0, ROWS).load(COLUMN)
-                    p = gl.exp2(s * scale_log2 - lse[None, :])
-                    dk, p = warpgroup_mma_wait(1, [dk_next, p])
-                    mbarrier.arrive(empty.index(before), count=1)
+                    s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
+                    s, dk = warpgroup_mma_wait(1, [s, dk_next])
+                    p = gl.exp2(s * scale_log2)
                     weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
                     dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
                     dp = warpgroup_mma_wait(1, [dp])
-                    delta = statistics_ring.index(slot).slice(ROWS, ROWS).load(COLUMN)
-                    ds = (p * (dp - delta[None, :])).to(a_ring.dtype)
+                    ds = (p * dp).to(a_ring.dtype)
                     dv, ds = warpgroup_mma_wait(0, [dv_next, ds])
+                    # An arrival makes Triton put a barrier of the warpgroup before itself and before whatever touches
+                    # shared memory next: one of each in a step.
+                    mbarrier.arrive(empty.index(before), count=1)
                 mbarrier.arrive(own_empty.index(WHICH), count=1)
                 left = gl.convert_layout(ds, WEIGHTS)
                 dk_next = warpgroup_mma(left, a_ring.index(slot), dk, is_async=True)
@@ -168,16 +174,13 @@ def _consume(
         else:
             for step in range(count):
                 slot, uses = acquire(step, start, common, both, uses, full, WHICH, STAGES)
-                s = warpgroup_mma(k, a_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                dp = warpgroup_mma(v, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                lse = statistics_ring.index(slot).slice(0, ROWS).load(COLUMN)
+                s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
                 s = warpgroup_mma_wait(1, [s])
-                p = gl.exp2(s * scale_log2 - lse[None, :])
+                p = gl.exp2(s * scale_log2)
                 weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
                 dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
-                delta = statistics_ring.index(slot).slice(ROWS, ROWS).load(COLUMN)
                 dp = warpgroup_mma_wait(1, [dp])
-                ds = gl.convert_layout((p * (dp - delta[None, :])).to(a_ring.dtype), WEIGHTS)
+                ds = gl.convert_layout((p * dp).to(a_ring.dtype), WEIGHTS)
                 dk_next = warpgroup_mma(ds, a_ring.index(slot), dk, is_async=True)
                 dv, dk = warpgroup_mma_wait(0, [dv_next, dk_next])
                 mbarrier.arrive(empty.index(slot), count=1)
@@ -220,7 +223,7 @@ def hopper_backward_k_kernel(
 
     Args:
         k_desc: Descriptors of k, v, q and dout (grad): boxes of one tile, [.., th, tw, WIDTH].
-        statistics_desc: 1-D descriptor of [B*H, N, 2, ROWS] fp32: lse in base 2 and delta; a box is one tile's.
+        statistics_desc: 1-D descriptor of [B*H, N, 2, ROWS] fp32: -lse / scale and -delta; a box is one tile's.
         entries_ptr: int32 packed tile origins: for each key tile the query tiles that selected it, common ones first.
         starts_ptr: [B*H*N]: where the list of a tile begins, or None for one every `capacity`.
         common_ptr: [B*H*N/2] int32; counts_ptr: [B*H*N] int32.

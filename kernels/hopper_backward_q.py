@@ -76,8 +76,8 @@ def _consume(
         other = gl.load(counts_ptr + group * CONSUMERS + (1 - WHICH)) - common
         both = gl.minimum(count - common, other)
         statistics = statistics_ptr + tile.to(gl.int64) * STATISTICS + gl.arange(0, ROWS, ROW)
-        lse = gl.load(statistics)
-        delta = gl.load(statistics + ROWS)
+        lse = -gl.load(statistics) * scale_log2
+        delta = -gl.load(statistics + ROWS)
 
         slot = (start + WHICH) % STAGES
         barrier = slot + (1 + WHICH) * STAGES
@@ -162,7 +162,7 @@ def hopper_backward_q_kernel(
 
     Args:
         q_desc: Descriptors of q, dout (grad), k and v: boxes of one tile, [.., th, tw, WIDTH].
-        statistics_ptr: [B*H, N, 2, ROWS] fp32: lse in base 2 (+inf for a row without keys) and delta.
+        statistics_ptr: [B*H, N, 2, ROWS] fp32: -lse / scale (-inf for a row without keys) and -delta.
         entries_ptr: int32 packed tile origins: the lists of the query tiles, common blocks first.
         starts_ptr: [B*H*N]: where the list of a tile begins, or None for one every `capacity`.
         common_ptr: [B*H*N/2] int32; counts_ptr: [B*H*N] int32.

@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import Triple
-from bsa_compile.kernels.tiles import LOG2_E, head_pointer, load_rows, tile_tokens
+from bsa_compile.kernels.tiles import head_pointer, load_rows, tile_tokens
 
 ROWS, WIDTH = 64, 128
 # Two consumer warpgroups and a padded warpgroup of producers share 65,536 registers: 168 a thread on entry, and
@@ -59,6 +59,7 @@ def _statistics_kernel(
     grad_strides,
     out_strides,
     grad_lse_strides,
+    scale,
     heads,
     tiles,
     tokens,
@@ -86,22 +87,25 @@ def _statistics_kernel(
         delta -= tl.load(grad_lse_ptr + token, mask=valid, other=0.0).to(tl.float32)
     lse_ptr += (batch * heads + head).to(tl.int64) * tokens
     lse = tl.load(lse_ptr + origin + offset, mask=valid, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     statistics_ptr += pid.to(tl.int64) * (2 * BLOCK)
-    tl.store(statistics_ptr + row, lse)
-    tl.store(statistics_ptr + BLOCK + row, delta)
+    tl.store(statistics_ptr + row, -lse / scale)
+    tl.store(statistics_ptr + BLOCK + row, -delta)
 
 
 def tile_statistics(
-    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, grid: Triple, tile: Triple
+    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, grid: Triple, tile: Triple, scale: float
 ) -> Tensor:
-    """[B*H, N, 2, 64] fp32: lse in base 2 (+inf for a row without keys) and delta = rowsum(dout * out) - dlse."""
+    """[B*H, N, 2, 64] fp32: -lse / scale (-inf for a row without keys) and -delta of the rows of each tile.
+
+    delta = rowsum(dout * out) - dlse. These are what the accumulators of S and dP can begin with.
+    """
     batch, heads, tokens, head_dim = grad_out.shape
     tiles = config.num_tiles(grid, tile)
     statistics = torch.empty(batch * heads, tiles, 2, ROWS, dtype=torch.float32, device=grad_out.device)
     _statistics_kernel[(batch * heads * tiles,)](
         grad_out, out, lse, grad_lse, statistics, grad_out.stride()[:3], out.stride()[:3],
-        (0, 0, 0) if grad_lse is None else grad_lse.stride(), heads, tiles, tokens, tuple(grid),
+        (0, 0, 0) if grad_lse is None else grad_lse.stride(), float(scale), heads, tiles, tokens, tuple(grid),
         TILE=tuple(tile), HEAD_DIM=head_dim, ALIGN=8, BLOCK=ROWS, HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
     return statistics

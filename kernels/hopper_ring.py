@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 ROWS = gl.constexpr(64)  # tokens of a tile
 WIDTH = gl.constexpr(128)  # head_dim
-STATISTICS = gl.constexpr(128)  # of a tile, lse in base 2 and then delta: fp32 numbers
+STATISTICS = gl.constexpr(128)  # fp32 numbers of a tile: -lse / scale and then -delta of its rows
 CONSUMERS = gl.constexpr(2)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
