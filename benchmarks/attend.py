@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="memory order of q, k, v: contiguous [B, H, S, D], [B, S, H, D], or views of [B, S, 3, H, D]",
     )
     parser.add_argument("--lists", choices=["selected", "random"], default="selected", help="where the lists come from")
-    parser.add_argument("--path", choices=["pointer"], help="refuse the box path")
+    parser.add_argument("--path", choices=["box", "pointer"], help="refuse the faster paths")
     parser.add_argument("--no-dense", action="store_true", help="skip dense attention")
     parser.add_argument("--sweep", action="store_true", help="also time other launches of each kernel")
     parser.add_argument("--json", metavar="PATH", help="write the results there")
@@ -284,7 +284,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
     problem = Problem(options)
-    path = config.forward_path(*problem.qkv, problem.grid, problem.tile, problem.tile, "raster", path=options.path)
+    path = config.forward_path(*problem.qkv, *problem.tail, path=options.path)
     setting = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -161,14 +161,22 @@ def attend_forward(
         scale: Factor of the scores; any finite number.
         layout: Order of the token axes: "raster", or "tile" (padded tile order).
         launch: Block sizes to use instead of the preset (for benchmarks).
-        path: "pointer" refuses the box path (for benchmarks and tests).
+        path: "box" refuses the Hopper kernel, "pointer" the box path too (for benchmarks and tests).
 
     Returns:
         out [B, H, Sq, D] in q's dtype, laid out in memory as [B, Sq, H, D], and the natural-log LSE [B, H, Sq] in fp32.
         A row without keys gives 0 and -inf, and so do the positions of a padded tile order that hold no token.
     """
     batch, heads, tokens_q, head_dim = q.shape
-    chosen = config.forward_path(q, k, v, grid_k, tile_q, tile_k, layout, launch=launch, path=path)
+    chosen = config.forward_path(
+        q, k, v, grid_q, tile_q, grid_k, tile_k, scale, layout, launch=launch, path=path
+    )  # fmt: skip
+    if chosen.name == "gluon":
+        from bsa_compile.kernels.hopper_forward import attend_forward_hopper  # Gluon is not in every Triton
+
+        return attend_forward_hopper(
+            q, k, v, kv_num_blocks, kv_indices, grid_q, tile_q, grid_k, tile_k, scale, chosen.plans
+        )  # fmt: skip
     launch, boxes = chosen.launch, chosen.name == "box"
     out = empty_like_tokens(q)
     lse = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)

@@ -6,8 +6,9 @@ Needs neither Triton nor a GPU, so a report can ask for the path of a call that 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,14 +60,17 @@ class Path:
     """The path that a kernel takes and why.
 
     Attributes:
-        name: "box" (tensor descriptors read tiles straight from the token order) or "pointer".
+        name: "gluon" (the kernels written for Hopper), "box" (tensor descriptors read tiles straight from the token
+            order) or "pointer".
         reason: One clause for people.
-        launch: Block sizes and launch options that go with it.
+        launch: Block sizes and launch options that go with it; those of "gluon" are fixed.
+        plans: With "gluon", how its kernel reads q, k and v.
     """
 
     name: str
     reason: str
     launch: Launch
+    plans: tuple[BoxPlan, ...] = ()
 
 
 def volume(tile: Triple) -> int:
@@ -105,6 +109,21 @@ def has_boxes(device: torch.device) -> bool:
 @functools.cache
 def _has_boxes(index: int | None) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+GLUON_TRITON = ((3, 6), (3, 7))  # releases whose Gluon compiles the kernels as they were measured
+
+
+@functools.cache
+def _why_no_gluon(index: int | None) -> str:
+    """Why the kernels for Hopper do not run on a CUDA device; empty if they do."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None or (major, minor) != (9, 0):
+        return f"it is written for compute capability 9.0 and this GPU has {major}.{minor}"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) not in GLUON_TRITON:
+        return f"it is checked with triton 3.6 and 3.7, and this is {version}"
+    return ""
 
 
 def _block(positions: int, largest: int) -> int:
@@ -222,6 +241,46 @@ def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -
     return BoxPlan(access, (*leading, height, width, head_dim), (*strides, 1), box)
 
 
+GLUON_ROWS = 64  # queries of a consumer, and keys of a block
+GLUON_GRID = (1 << 10, 1 << 11, 1 << 10)  # a block's coordinates share an int32
+GLUON_LAUNCH = Launch(2 * GLUON_ROWS, 2 * GLUON_ROWS, 12, 3, 168)
+
+
+def plan_gluon(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
+    scale: float,
+    layout: str,
+) -> tuple[BoxPlan, BoxPlan, BoxPlan] | str:
+    """How the forward kernel for Hopper reads q, k and v, or the reason why it does not take the call."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] != 128:
+        return f"it takes head_dim 128, not {q.shape[-1]}"
+    if layout != "raster":
+        return "it reads raster order"
+    if not scale > 0:
+        return f"it takes a positive scale, not {scale}"
+    if volume(tile_q) not in (GLUON_ROWS, 2 * GLUON_ROWS):
+        return f"it takes query tiles of 64 or 128 positions, not {volume(tile_q)}"
+    if volume(tile_k) % GLUON_ROWS:
+        return f"it takes key tiles of a multiple of 64 positions, not {volume(tile_k)}"
+    if any(size > limit for size, limit in zip(grid_k, GLUON_GRID, strict=True)):
+        return f"the key grid {grid_k} is beyond {GLUON_GRID}"
+    plans = []
+    for x, grid, tile in ((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k)):
+        plan = plan_boxes(x, grid, tile, layout, GLUON_ROWS)
+        if isinstance(plan, str):
+            return plan
+        plans.append(plan)
+    return plans[0], plans[1], plans[2]
+
+
 def _path(
     tensors: tuple[Tensor, Tensor],
     grid: Triple,
@@ -253,18 +312,36 @@ def forward_path(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid_k: Triple,
+    grid_q: Triple,
     tile_q: Triple,
+    grid_k: Triple,
     tile_k: Triple,
+    scale: float,
     layout: str,
     *,
     launch: Launch | None = None,
     path: str | None = None,
 ) -> Path:
-    """Path that `attend_forward` takes for these inputs, and the reason. It reads k and v in its inner loop."""
+    """Path that `attend_forward` takes for these inputs, and the reason. It reads k and v in its inner loop.
+
+    A `launch` or a `path` other than "gluon" asks for the portable kernel.
+    """
+    why_not = "other launch parameters were asked for" if launch else ""
+    if launch is None and path in (None, "gluon"):
+        on_cuda = q.device.type == "cuda"
+        why_not = _why_no_gluon(q.device.index) if on_cuda else "it needs a CUDA device"
+        if not why_not:
+            plans = plan_gluon(q, k, v, grid_q, tile_q, grid_k, tile_k, scale, layout)
+            if not isinstance(plans, str):
+                reason = "Hopper, bf16 or fp16, head_dim 128: neighbouring query tiles load what both selected once"
+                return Path("gluon", reason, GLUON_LAUNCH, plans)
+            why_not = plans
     args = volume(tile_q), volume(tile_k), q.shape[-1], q.dtype
     presets = launch or forward_launch(*args, True), launch or forward_launch(*args, False)
-    return _path((k, v), grid_k, tile_k, layout, presets, "block_k", path)
+    found = _path((k, v), grid_k, tile_k, layout, presets, "block_k", path)
+    if path is None and why_not:
+        found = replace(found, reason=f"{found.reason}; not the Hopper kernel: {why_not}")
+    return found
 
 
 def backward_q_path(

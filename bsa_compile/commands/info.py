@@ -69,7 +69,7 @@ def serving(device: torch.device) -> dict[str, Any]:
         for grid in SAMPLE_GRIDS:
             tokens = grid[0] * grid[1] * grid[2]
             x = torch.empty(1, 8, tokens, SAMPLE_HEAD_DIM, dtype=torch.bfloat16, device=device)
-            path = forward_path(x, x, x, grid, SAMPLE_TILE, SAMPLE_TILE, "raster")
+            path = forward_path(x, x, x, grid, SAMPLE_TILE, grid, SAMPLE_TILE, SAMPLE_HEAD_DIM**-0.5, "raster")
             sample = (
                 f"bfloat16, head_dim {SAMPLE_HEAD_DIM}, tile {console.shape(SAMPLE_TILE)}, grid {console.shape(grid)}"
             )

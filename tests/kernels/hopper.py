@@ -22,6 +22,7 @@ from bsa_compile.kernels import config
 from bsa_compile.kernels.attend_backward import attend_backward
 from bsa_compile.kernels.attend_forward import attend_forward
 from bsa_compile.kernels.config import Triple
+from bsa_compile.kernels.hopper_forward import attend_forward_hopper
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.select import select
 
@@ -96,6 +97,9 @@ def compile_all(
     counts, lists = select(pooled, pooled, max(1, tiles // 16), None, head_dim**-0.5)
     tail = (grid, tile, grid, tile, head_dim**-0.5, layout)
     out, lse = attend_forward(q, q, q, counts, lists, *tail, path=path)
+    plans = config.plan_gluon(q, q, q, *tail)
+    if path is None and not isinstance(plans, str):
+        attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}
 
@@ -103,6 +107,7 @@ def compile_all(
 PRODUCTION: dict[str, dict[str, Any]] = {
     "24x44x80": {"grid": (24, 44, 80), "tile": (4, 4, 4)},
     "24x45x80, fused qkv": {"grid": (24, 45, 80), "tile": (4, 4, 4), "fused": True},
+    "24x44x80, 128": {"grid": (24, 44, 80), "tile": (4, 4, 8)},
     "24x44x80 by pointers": {"grid": (24, 44, 80), "tile": (4, 4, 4), "path": "pointer"},
 }
 

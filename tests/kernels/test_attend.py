@@ -59,7 +59,7 @@ def test_head_dim(head_dim, dtype, device):
 def test_tile_order_without_padding_takes_the_box_path(device):
     case = SMALL.but(grid_q=(2, 4, 4), grid_k=(2, 4, 8), layout="tile", dtype=torch.float16)
     q, k, v = case.qkv()
-    assert forward_path(q, k, v, case.grid_k, case.tile_q, case.tile_k, "tile").name == "box"
+    assert forward_path(q, k, v, case.grid_q, case.tile_q, case.grid_k, case.tile_k, 1.0, "tile").name == "box"
     check(case, device)
 
 
@@ -127,7 +127,7 @@ def test_memory_layout(memory, grid, device):
     case = SMALL.but(batch=2, heads_kv=2, grid_q=grid, grid_k=grid, dtype=torch.float16)
     qkv = make(case)
     frames_follow_frames = memory in ("fused qkv", "tokens first") and grid[0] % case.tile_k[0]
-    path = forward_path(*qkv, grid, case.tile_q, case.tile_k, "raster")
+    path = forward_path(*qkv, grid, case.tile_q, grid, case.tile_k, 1.0, "raster")
     assert path.name == ("pointer" if frames_follow_frames else expected), path.reason
     ours = check(case, device, qkv)
     for x in (ours[0], *ours[2:]):

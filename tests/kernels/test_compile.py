@@ -44,9 +44,10 @@ def test_production_kernels_do_not_spill(resources):
         for name, used in kernels.items():
             # Bytes. Triton 3.6 and 3.7, which torch 2.11 to 2.13 bring along on CUDA, spill at most a few registers;
             # 3.9, which a CPU torch may stand beside, spills 72 in the pointer path's dk, dv kernel.
+            # The Hopper kernel is not taken with it (`config.GLUON_TRITON`); its loaders spill there.
             newer = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
-            known = newer and (case, name) == ("24x44x80 by pointers", "backward_k_kernel")
-            assert used["stack"] <= (72 if known else 16), (case, name, used)
+            known = (case, name) == ("24x44x80 by pointers", "backward_k_kernel") or name == "_attend_forward_hopper"
+            assert used["stack"] <= (72 if newer and known else 16), (case, name, used)
 
 
 @pytest.mark.slow
@@ -55,6 +56,17 @@ def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
         for name in ("_attend_forward", "backward_q_kernel", "backward_k_kernel"):
             assert kernels[name]["wgmma"] > 0, (case, name)
             assert (kernels[name]["tma"] > 0) == ("pointers" not in case), (case, name)
+
+
+@pytest.mark.slow
+def test_the_hopper_kernel_is_specialised_by_warps(resources):
+    for case in ("24x44x80", "24x45x80, fused qkv", "24x44x80, 128"):
+        used = resources[case]["_attend_forward_hopper"]
+        assert used["warps"] == 12
+        assert used["shared"] <= 227 * 1024
+        # Products of each consumer: scores and values, at the start, in the loop, at the end; 64 x 64 and 64 x 128.
+        assert used["wgmma"] == 2 * (16 + 16 + 8 + 8)
+        assert used["tma"] > 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from bsa_compile.kernels.config import BOX_FRAMES, BOX_HEADS, BOX_MERGED, Launch
 
 GRID, TILE = (4, 8, 12), (4, 4, 4)
 TOKENS = 4 * 8 * 12
+SCALE = 128**-0.5
 
 
 def heads_first(batch: int = 2, heads: int = 3, tokens: int = TOKENS, head_dim: int = 128, dtype=torch.bfloat16):
@@ -110,18 +111,18 @@ def test_tile_order_is_a_grid_of_whole_tiles():
 
 def test_path_names_and_reasons():
     q = heads_first()
-    path = config.forward_path(q, q, q, GRID, TILE, TILE, "raster")
+    path = config.forward_path(q, q, q, GRID, TILE, GRID, TILE, SCALE, "raster")
     assert path.name == "box"
     assert path.launch.block_k == 64
-    assert config.forward_path(q, q, q, GRID, TILE, TILE, "raster", path="pointer").reason == "asked for"
+    assert config.forward_path(q, q, q, GRID, TILE, GRID, TILE, SCALE, "raster", path="pointer").reason == "asked for"
     odd = heads_first(head_dim=40)
-    path = config.forward_path(q, odd, odd, GRID, TILE, TILE, "raster")
+    path = config.forward_path(q, odd, odd, GRID, TILE, GRID, TILE, SCALE, "raster")
     assert path.name == "pointer"
     assert "head_dim" in path.reason
     single = heads_first(dtype=torch.float32)
-    assert "fp32" in config.forward_path(single, single, single, GRID, TILE, TILE, "raster").reason
+    assert "fp32" in config.forward_path(single, single, single, GRID, TILE, GRID, TILE, SCALE, "raster").reason
     chosen = Launch(32, 16, 2, 3)
-    assert config.forward_path(q, q, q, GRID, TILE, TILE, "raster", launch=chosen).launch == chosen
+    assert config.forward_path(q, q, q, GRID, TILE, GRID, TILE, SCALE, "raster", launch=chosen).launch == chosen
     assert config.backward_q_path(q, q, q, GRID, TILE, TILE, "raster").name == "box"
     assert config.backward_k_path(q, q, GRID, TILE, TILE, "raster").name == "box"
 
