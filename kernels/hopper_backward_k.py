@@ -1,12 +1,14 @@
-"""dk and dv on Hopper: a warp-specialised persistent kernel in Gluon. `hopper_ring` tells how two tiles share a ring.
+"""dk and dv on Hopper: a warp-specialised persistent kernel in Gluon. `hopper_ring` tells how two blocks share a ring.
 
-Each consumer warpgroup owns a key tile: k and v [64, 128] lie in shared memory as the left operands of S^T = k q^T and
-dP^T = v dout^T, dk and dv in registers. The ring brings q and dout blocks with lse and delta of their rows, and P^T and
-dS^T go from registers into dv += P^T dout and dk += dS^T q.
+Each consumer owns a block of keys: k and v [64, 128] lie in shared memory as the left operands of S^T = k q^T and
+dP^T = v dout^T, dk and dv in registers. The ring brings q and dout with lse and delta of their rows, and P^T and dS^T
+go from registers into dv += P^T dout and dk += dS^T q. With grouped query heads the lists of the heads of a group are
+walked one after the other.
 """
 
 from __future__ import annotations
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,63 +21,63 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bsa_compile.kernels import config
-from bsa_compile.kernels.config import Triple
-from bsa_compile.kernels.hopper_launch import (
-    CONSUMER_REGISTERS,
-    ENTRY_REGISTERS,
-    common_arguments,
-    describe,
-    programs_on,
-)
-from bsa_compile.kernels.hopper_ring import (
-    CONSUMERS,
-    LOG2_E,
-    ROWS,
-    STATISTICS,
-    WIDTH,
-    acquire,
-    copy_box,
-    init_ring,
-    origin_of,
-    pack,
-    produce,
-    store_tile,
-)
+from bsa_compile.kernels.config import BoxPlan, Triple
+from bsa_compile.kernels.hopper_blocks import LOG2_E, ROWS, block_origin, describe, load_box, processors
+from bsa_compile.kernels.hopper_ring import BLOCK_BYTES, STATISTICS, WIDTH, acquire, fill_lists, init_ring, store_rows
+
+# Twelve warps start with 168 registers a thread; the consumers take from the loaders.
+CONSUMER_REGISTERS = 240
+LOADER_REGISTERS = 24
+STAGES = 4  # of 32.5 KB, beside 64 KB of keys and values
 
 
 @gluon.jit
-def _bring_tiles(
-    k_desc,
-    v_desc,
-    k_own,
-    v_own,
-    own_full,
-    own_empty,
-    groups,
-    heads,
-    frames,
-    tiles,
-    tiles_h,
-    tiles_w,
-    TILE: gl.constexpr,
-    ACCESS: gl.constexpr,
-    WHICH: gl.constexpr,
-):
-    """Bring k and v of one consumer's tiles, each as soon as the consumer is done with the one before."""
+def _load_own(
+    k_box, v_box, k_own, v_own, own_full, own_empty,
+    groups, groups_per_head, tiles_k, heads_kv, grid_k,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, ACCESS: gl.constexpr, part: gl.constexpr,
+):  # fmt: skip
+    """Bring k and v of one consumer's blocks, each as soon as the consumer is done with the one before."""
     phase = 0
-    for group in range(gl.program_id(0), groups, gl.num_programs(0)):
-        tile = group * CONSUMERS + WHICH
-        row = tile // tiles
-        t, h, w = origin_of(tile % tiles, tiles_h, tiles_w, TILE)
-        entry = pack(t, h, w)
-        barrier = own_full.index(WHICH)
-        mbarrier.wait(own_empty.index(WHICH), phase ^ 1)
-        mbarrier.expect(barrier, 2 * ROWS * WIDTH * 2)
-        head = row % heads
-        batch = row // heads
-        copy_box(k_desc, row, head, batch, heads, frames, entry, barrier, k_own.index(WHICH), ACCESS[0])
-        copy_box(v_desc, row, head, batch, heads, frames, entry, barrier, v_own.index(WHICH), ACCESS[1])
+    for index in range(gl.program_id(0), groups, gl.num_programs(0)):
+        pair = index // groups_per_head
+        t, h, w = block_origin(
+            index % groups_per_head, part, tiles_k, grid_k[1], grid_k[2], TILE_K[0], TILE_K[1], TILE_K[2], TILES
+        )
+        batch = pair // heads_kv
+        head = pair % heads_kv
+        bar = own_full.index(part)
+        mbarrier.wait(own_empty.index(part), phase ^ 1)
+        mbarrier.expect(bar, 2 * BLOCK_BYTES)
+        load_box(k_box, batch, head, heads_kv, grid_k[0], t, h, w, bar, k_own.index(part), ACCESS[0])
+        load_box(v_box, batch, head, heads_kv, grid_k[0], t, h, w, bar, v_own.index(part), ACCESS[1])
         phase ^= 1
+
+
+@gluon.jit
+def _load(
+    q_box, grad_box, statistics_box, a_ring, b_ring, statistics_ring, full, empty,
+    programs, plans, offsets, capacity, groups, groups_per_head, tiles_k, heads_kv, grid_q,
+    TILE_Q: gl.constexpr, TILES: gl.constexpr, MEMBERS: gl.constexpr, STAGES: gl.constexpr, ACCESS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring with q, dout and their statistics for every group of this program."""
+    SPLIT: gl.constexpr = TILE_Q[0] * TILE_Q[1] * TILE_Q[2] // ROWS
+    position = 0
+    for index in range(gl.program_id(0), groups, gl.num_programs(0)):
+        pair = index // groups_per_head
+        group = index % groups_per_head
+        for member in range(MEMBERS):
+            row = pair * MEMBERS + member  # of (batch, query head)
+            begin = offsets + row.to(gl.int64) * (tiles_k + 1) + group * TILES
+            blocks = programs + row.to(gl.int64) * capacity
+            blocks_0 = blocks + gl.load(begin).to(gl.int64) * SPLIT
+            blocks_1 = blocks + gl.load(begin + TILES - 1).to(gl.int64) * SPLIT
+            position = fill_lists(
+                position, blocks_0, blocks_1, plans + (row * groups_per_head + group) * 4,
+                pair // heads_kv, pair % heads_kv * MEMBERS + member, heads_kv * MEMBERS, grid_q,
+                q_box, grad_box, a_ring, b_ring, full, empty, statistics_box, statistics_ring, TILE_Q,
+                STAGES, ACCESS[2], ACCESS[3],
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -91,156 +93,106 @@ def _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero):
 
 
 @gluon.jit
+def _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS: gl.constexpr):
+    """dS^T and dv + P^T dout, from products under way; what must live until another one is done is given to `_scores`.
+
+    The caller has waited for `s`.
+    """
+    p = gl.exp2(s * scale_log2)
+    weights = gl.convert_layout(p.to(b_ring.dtype), WEIGHTS)
+    product = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
+    dp = warpgroup_mma_wait(1, [dp])
+    ds = (p * dp).to(b_ring.dtype)
+    # The product reads the registers of its weights until it is done, so they must live as long.
+    dv, ds, weights = warpgroup_mma_wait(0, [product, ds, weights])
+    return ds, dv
+
+
+@gluon.jit
 def _consume(
-    k_own,
-    v_own,
-    own_full,
-    own_empty,
-    a_ring,
-    b_ring,
-    statistics_ring,
-    full,
-    empty,
-    common_ptr,
-    counts_ptr,
-    dk_ptr,
-    dv_ptr,
-    strides,
-    scale,
-    groups,
-    heads,
-    tiles,
-    tiles_h,
-    tiles_w,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    WHICH: gl.constexpr,
-):
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
+    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, MEMBERS: gl.constexpr, STAGES: gl.constexpr,
+    BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr, part: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of one of the two blocks of each group."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     scale_log2 = scale * LOG2_E
     start = 0
-    uses = 0
+    phases = 0
     phase = 0
-    k = k_own.index(WHICH)
-    v = v_own.index(WHICH)
-    for group in range(gl.program_id(0), groups, gl.num_programs(0)):
-        tile = group * CONSUMERS + WHICH
-        common = gl.load(common_ptr + group)
-        count = gl.load(counts_ptr + tile)
-        other = gl.load(counts_ptr + group * CONSUMERS + (1 - WHICH)) - common
-        both = gl.minimum(count - common, other)
-        mbarrier.wait(own_full.index(WHICH), phase)
+    k = k_own.index(part)
+    v = v_own.index(part)
+    for index in range(gl.program_id(0), groups, gl.num_programs(0)):
+        pair = index // groups_per_head
+        group = index % groups_per_head
+        mbarrier.wait(own_full.index(part), phase)
+        phase ^= 1
         dk = gl.zeros([ROWS, WIDTH], gl.float32, RESULT)
         dv = gl.zeros([ROWS, WIDTH], gl.float32, RESULT)
-        zero = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-        if OVERLAP:
-            # The dk product of a block runs before the scores of the next, its dv product with its own dS.
-            if count > 0:
-                slot, uses = acquire(0, start, common, both, uses, full, WHICH, STAGES)
+        zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+        for member in range(MEMBERS):
+            plan = plans + ((pair * MEMBERS + member) * groups_per_head + group) * 4
+            common = gl.load(plan)
+            alone = gl.load(plan + 1 + part)
+            other = gl.load(plan + 2 - part)
+            both = gl.minimum(alone, other)
+            steps = common + alone
+            # The dk product of a step runs before the scores of the next one, its dv product with its own dS.
+            if steps > 0:
+                slot, phases = acquire(0, start, common, both, phases, full, part, STAGES)
                 s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
                 s = warpgroup_mma_wait(1, [s])
-                p = gl.exp2(s * scale_log2)
-                weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
-                dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
-                dp = warpgroup_mma_wait(1, [dp])
-                ds = (p * dp).to(a_ring.dtype)
-                dv, ds = warpgroup_mma_wait(0, [dv_next, ds])
-                for step in range(1, count):
+                ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
+                for step in range(1, steps):
                     before = slot
-                    slot, uses = acquire(step, start, common, both, uses, full, WHICH, STAGES)
+                    slot, phases = acquire(step, start, common, both, phases, full, part, STAGES)
                     left = gl.convert_layout(ds, WEIGHTS)
-                    dk_next = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
+                    product = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
                     s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
-                    s, dk = warpgroup_mma_wait(1, [s, dk_next])
-                    p = gl.exp2(s * scale_log2)
-                    weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
-                    dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
-                    dp = warpgroup_mma_wait(1, [dp])
-                    ds = (p * dp).to(a_ring.dtype)
-                    dv, ds = warpgroup_mma_wait(0, [dv_next, ds])
+                    s, dk, left = warpgroup_mma_wait(1, [s, product, left])
+                    ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
                     # An arrival makes Triton put a barrier of the warpgroup before itself and before whatever touches
                     # shared memory next: one of each in a step.
                     mbarrier.arrive(empty.index(before), count=1)
-                mbarrier.arrive(own_empty.index(WHICH), count=1)
                 left = gl.convert_layout(ds, WEIGHTS)
-                dk_next = warpgroup_mma(left, a_ring.index(slot), dk, is_async=True)
-                dk = warpgroup_mma_wait(0, [dk_next])
+                product = warpgroup_mma(left, a_ring.index(slot), dk, is_async=True)
+                dk, left = warpgroup_mma_wait(0, [product, left])
                 mbarrier.arrive(empty.index(slot), count=1)
-            else:
-                mbarrier.arrive(own_empty.index(WHICH), count=1)
-        else:
-            for step in range(count):
-                slot, uses = acquire(step, start, common, both, uses, full, WHICH, STAGES)
-                s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
-                s = warpgroup_mma_wait(1, [s])
-                p = gl.exp2(s * scale_log2)
-                weights = gl.convert_layout(p.to(a_ring.dtype), WEIGHTS)
-                dv_next = warpgroup_mma(weights, b_ring.index(slot), dv, is_async=True)
-                dp = warpgroup_mma_wait(1, [dp])
-                ds = gl.convert_layout((p * dp).to(a_ring.dtype), WEIGHTS)
-                dk_next = warpgroup_mma(ds, a_ring.index(slot), dk, is_async=True)
-                dv, dk = warpgroup_mma_wait(0, [dv_next, dk_next])
-                mbarrier.arrive(empty.index(slot), count=1)
-            mbarrier.arrive(own_empty.index(WHICH), count=1)
-        start += count + other
-        phase ^= 1
-        store_tile(dv_ptr, strides, tile, tiles, tiles_h, tiles_w, heads, dv, TILE)
-        store_tile(dk_ptr, strides, tile, tiles, tiles_h, tiles_w, heads, dk * scale, TILE)
+            start += steps + other
+        mbarrier.arrive(own_empty.index(part), count=1)
+        t, h, w = block_origin(
+            group, part, tiles_k, grid_k[1], grid_k[2], TILE_K[0], TILE_K[1], TILE_K[2], TILES
+        )  # fmt: skip
+        batch = pair // heads_kv
+        head = pair % heads_kv
+        real = group * 2 + part < tiles_k * (2 // TILES)
+        store_rows(dv_ptr, strides, batch, head, t, h, w, grid_k, real, dv, BOX_K_H, BOX_K_W)
+        store_rows(dk_ptr, strides, batch, head, t, h, w, grid_k, real, dk * scale, BOX_K_H, BOX_K_W)
 
 
 @gluon.jit
 def hopper_backward_k_kernel(
-    k_desc,
-    v_desc,
-    q_desc,
-    grad_desc,
-    statistics_desc,
-    dk_ptr,
-    dv_ptr,
-    entries_ptr,
-    starts_ptr,
-    common_ptr,
-    counts_ptr,
-    strides,
-    scale,
-    capacity,
-    groups,
-    heads,
-    frames,
-    tiles,
-    tiles_h,
-    tiles_w,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    ACCESS: gl.constexpr,
-    REGISTERS: gl.constexpr,
-):
-    """dk and dv of all tiles.
-
-    Args:
-        k_desc: Descriptors of k, v, q and dout (grad): boxes of one tile, [.., th, tw, WIDTH].
-        statistics_desc: 1-D descriptor of [B*H, N, 2, ROWS] fp32: -lse / scale and -delta; a box is one tile's.
-        entries_ptr: int32 packed tile origins: for each key tile the query tiles that selected it, common ones first.
-        starts_ptr: [B*H*N]: where the list of a tile begins, or None for one every `capacity`.
-        common_ptr: [B*H*N/2] int32; counts_ptr: [B*H*N] int32.
-        ACCESS: Kinds of the first four descriptors.
-    """
+    k_box, v_box, q_box, grad_box, statistics_box, dk_ptr, dv_ptr, programs, plans, offsets, capacity, strides, scale,
+    groups, groups_per_head, tiles_k, heads_kv, grid_q, grid_k,
+    TILE_Q: gl.constexpr, TILE_K: gl.constexpr, TILES: gl.constexpr, MEMBERS: gl.constexpr, STAGES: gl.constexpr,
+    BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr,
+    ACCESS: gl.constexpr, REGISTERS: gl.constexpr, REGISTERS_LOADER: gl.constexpr,
+):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    k_own = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, WIDTH], LAYOUT)
-    v_own = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, WIDTH], LAYOUT)
-    a_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, WIDTH], LAYOUT)
-    b_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, WIDTH], LAYOUT)
-    statistics_ring = gl.allocate_shared_memory(gl.float32, [STAGES, STATISTICS], statistics_desc.layout)
+    k_own = gl.allocate_shared_memory(k_box.dtype, [2, ROWS, WIDTH], LAYOUT)
+    v_own = gl.allocate_shared_memory(k_box.dtype, [2, ROWS, WIDTH], LAYOUT)
+    a_ring = gl.allocate_shared_memory(k_box.dtype, [STAGES, ROWS, WIDTH], LAYOUT)
+    b_ring = gl.allocate_shared_memory(k_box.dtype, [STAGES, ROWS, WIDTH], LAYOUT)
+    statistics_ring = gl.allocate_shared_memory(gl.float32, [STAGES, STATISTICS], statistics_box.layout)
     full = gl.allocate_shared_memory(gl.int64, [3 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    own_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    own_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    own_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    own_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(2):
         mbarrier.init(own_full.index(i), count=1)
         mbarrier.init(own_empty.index(i), count=1)
     fence_async_shared()
@@ -250,43 +202,43 @@ def hopper_backward_k_kernel(
                 _consume,
                 (
                     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
-                    common_ptr, counts_ptr, dk_ptr, dv_ptr, strides, scale,
-                    groups, heads, tiles, tiles_h, tiles_w, TILE, STAGES, OVERLAP, 0,
+                    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+                    TILE_K, TILES, MEMBERS, STAGES, BOX_K_H, BOX_K_W, 0,
                 ),
             ),
             (
                 _consume,
                 (
                     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
-                    common_ptr, counts_ptr, dk_ptr, dv_ptr, strides, scale,
-                    groups, heads, tiles, tiles_h, tiles_w, TILE, STAGES, OVERLAP, 1,
+                    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+                    TILE_K, TILES, MEMBERS, STAGES, BOX_K_H, BOX_K_W, 1,
                 ),
             ),
             (
-                produce,
+                _load,
                 (
-                    None, None, q_desc, grad_desc, statistics_desc, a_ring, b_ring, statistics_ring, full, empty,
-                    entries_ptr, starts_ptr, common_ptr, counts_ptr, capacity, groups, heads, frames,
-                    tiles, tiles_h, tiles_w, TILE, STAGES, ACCESS,
+                    q_box, grad_box, statistics_box, a_ring, b_ring, statistics_ring, full, empty,
+                    programs, plans, offsets, capacity, groups, groups_per_head, tiles_k, heads_kv, grid_q,
+                    TILE_Q, TILES, MEMBERS, STAGES, ACCESS,
                 ),
             ),
             (
-                _bring_tiles,
+                _load_own,
                 (
-                    k_desc, v_desc, k_own, v_own, own_full, own_empty, groups, heads, frames,
-                    tiles, tiles_h, tiles_w, TILE, ACCESS, 0,
+                    k_box, v_box, k_own, v_own, own_full, own_empty, groups, groups_per_head, tiles_k, heads_kv,
+                    grid_k, TILE_K, TILES, ACCESS, 0,
                 ),
             ),
             (
-                _bring_tiles,
+                _load_own,
                 (
-                    k_desc, v_desc, k_own, v_own, own_full, own_empty, groups, heads, frames,
-                    tiles, tiles_h, tiles_w, TILE, ACCESS, 1,
+                    k_box, v_box, k_own, v_own, own_full, own_empty, groups, groups_per_head, tiles_k, heads_kv,
+                    grid_k, TILE_K, TILES, ACCESS, 1,
                 ),
             ),
         ],
         [4, 1, 1, 1],
-        [REGISTERS, 24, 24, 24],
+        [REGISTERS, REGISTERS_LOADER, REGISTERS_LOADER, REGISTERS_LOADER],
     )  # fmt: skip
 
 
@@ -296,37 +248,45 @@ def backward_k(
     v: Tensor,
     grad_out: Tensor,
     statistics: Tensor,
-    entries: Tensor,
-    common: Tensor,
-    counts: Tensor,
+    lists: tuple[Tensor, Tensor],
+    offsets: Tensor,
     dk: Tensor,
     dv: Tensor,
-    grid: Triple,
-    tile: Triple,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
     scale: float,
-    *,
-    starts: Tensor | None = None,
-    stages: int = 5,
-    overlap: bool = True,
+    plans: tuple[BoxPlan, ...],
+    programs: int | None = None,
 ) -> None:
-    """Fill `dk` and `dv`. q, k, v, grad_out, dk, dv: [B, H, S, 128] over one grid of whole tiles.
+    """Fill `dk` and `dv`, which have the same strides.
 
-    dk and dv have the same strides.
+    Args:
+        statistics: Of `hopper_backward.row_statistics`.
+        lists: Load programs and plans of `share.share_transposed`, made of lists at these `offsets`.
+        plans: How to read q, k, v and grad_out.
+        programs: How many run at once; one per multiprocessor if None.
     """
     assert dk.stride() == dv.stride()
-    batch, heads = q.shape[:2]
-    described = [describe(x, grid, tile) for x in (k, v, q, grad_out)]
+    blocks, steps = lists
+    tiles_k = config.num_tiles(grid_k, tile_k)
+    tiles = 2 * config.GLUON_ROWS // config.volume(tile_k)  # of a group
+    groups_per_head = triton.cdiv(tiles_k, tiles)
+    batch, heads_kv = k.shape[:2]
+    groups = batch * heads_kv * groups_per_head
+    if not groups:
+        return
+    plan_q, plan_k, plan_v, plan_grad = plans
     flat = statistics.view(-1)
-    row = TensorDescriptor(flat, [flat.numel()], [1], [2 * 64], gl.NVMMASharedLayout(0, 32, 1))
-    groups = batch * heads * config.num_tiles(grid, tile) // 2
-    hopper_backward_k_kernel[(min(groups, programs_on(q.device)),)](
-        *(desc for desc, _ in described), row, dk, dv, entries, starts, common, counts,
-        dk.stride()[:3], scale, entries.shape[-1], groups, heads, grid[0],
-        **common_arguments(tile, grid),
-        STAGES=stages,
-        OVERLAP=overlap,
-        ACCESS=tuple(access for _, access in described),
-        REGISTERS=CONSUMER_REGISTERS,
-        num_warps=4,
-        maxnreg=ENTRY_REGISTERS,
+    statistics_box = TensorDescriptor(flat, [flat.numel()], [1], [STATISTICS.value], gl.NVMMASharedLayout(0, 32, 1))
+    hopper_backward_k_kernel[(min(groups, programs or processors(q.device.index)),)](
+        describe(k, plan_k), describe(v, plan_v), describe(q, plan_q), describe(grad_out, plan_grad), statistics_box,
+        dk, dv, blocks, steps, offsets, blocks.shape[-1], dk.stride()[:3], float(scale),
+        groups, groups_per_head, tiles_k, heads_kv, tuple(grid_q), tuple(grid_k),
+        TILE_Q=tuple(tile_q), TILE_K=tuple(tile_k), TILES=tiles, MEMBERS=q.shape[1] // heads_kv, STAGES=STAGES,
+        BOX_K_H=plan_k.block[-3], BOX_K_W=plan_k.block[-2],
+        ACCESS=(plan_k.access, plan_v.access, plan_q.access, plan_grad.access),
+        REGISTERS=CONSUMER_REGISTERS, REGISTERS_LOADER=LOADER_REGISTERS,
+        num_warps=4, maxnreg=config.GLUON_LAUNCH.max_registers,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from bsa_compile.kernels import config
 from bsa_compile.kernels.attend_backward import attend_backward
 from bsa_compile.kernels.attend_forward import attend_forward
 from bsa_compile.kernels.config import Triple
+from bsa_compile.kernels.hopper_backward import attend_backward_hopper
 from bsa_compile.kernels.hopper_forward import attend_forward_hopper
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.select import select
@@ -100,6 +101,9 @@ def compile_all(
     plans = config.plan_gluon(q, q, q, *tail)
     if path is None and not isinstance(plans, str):
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
+    plans = config.plan_gluon_backward(q, q, q, out, *tail)
+    if path is None and not isinstance(plans, str):
+        attend_backward_hopper(out, None, q, q, q, out, lse, counts, lists, *tail[:5], plans, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}
 
