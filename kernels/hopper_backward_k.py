@@ -111,7 +111,7 @@ def _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS: gl.constexpr):
 @gluon.jit
 def _consume(
     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
-    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+    plans, dk_ptr, dv_ptr, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
     TILE_K: gl.constexpr, TILES: gl.constexpr, MEMBERS: gl.constexpr, STAGES: gl.constexpr,
     BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr, part: gl.constexpr,
 ):  # fmt: skip
@@ -169,13 +169,13 @@ def _consume(
         batch = pair // heads_kv
         head = pair % heads_kv
         real = group * 2 + part < tiles_k * (2 // TILES)
-        store_rows(dv_ptr, strides, batch, head, t, h, w, grid_k, real, dv, BOX_K_H, BOX_K_W)
-        store_rows(dk_ptr, strides, batch, head, t, h, w, grid_k, real, dk * scale, BOX_K_H, BOX_K_W)
+        store_rows(dv_ptr, batch, head, heads_kv, t, h, w, grid_k, real, dv, BOX_K_H, BOX_K_W)
+        store_rows(dk_ptr, batch, head, heads_kv, t, h, w, grid_k, real, dk * scale, BOX_K_H, BOX_K_W)
 
 
 @gluon.jit
 def hopper_backward_k_kernel(
-    k_box, v_box, q_box, grad_box, statistics_box, dk_ptr, dv_ptr, programs, plans, offsets, capacity, strides, scale,
+    k_box, v_box, q_box, grad_box, statistics_box, dk_ptr, dv_ptr, programs, plans, offsets, capacity, scale,
     groups, groups_per_head, tiles_k, heads_kv, grid_q, grid_k,
     TILE_Q: gl.constexpr, TILE_K: gl.constexpr, TILES: gl.constexpr, MEMBERS: gl.constexpr, STAGES: gl.constexpr,
     BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr,
@@ -202,7 +202,7 @@ def hopper_backward_k_kernel(
                 _consume,
                 (
                     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
-                    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+                    plans, dk_ptr, dv_ptr, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
                     TILE_K, TILES, MEMBERS, STAGES, BOX_K_H, BOX_K_W, 0,
                 ),
             ),
@@ -210,7 +210,7 @@ def hopper_backward_k_kernel(
                 _consume,
                 (
                     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
-                    plans, dk_ptr, dv_ptr, strides, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
+                    plans, dk_ptr, dv_ptr, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
                     TILE_K, TILES, MEMBERS, STAGES, BOX_K_H, BOX_K_W, 1,
                 ),
             ),
@@ -260,7 +260,7 @@ def backward_k(
     plans: tuple[BoxPlan, ...],
     programs: int | None = None,
 ) -> None:
-    """Fill `dk` and `dv`, which have the same strides.
+    """Fill `dk` and `dv`, whose memory is a contiguous [B, S, H, D].
 
     Args:
         statistics: Of `hopper_backward.row_statistics`.
@@ -268,7 +268,6 @@ def backward_k(
         plans: How to read q, k, v and grad_out.
         programs: How many run at once; one per multiprocessor if None.
     """
-    assert dk.stride() == dv.stride()
     blocks, steps = lists
     tiles_k = config.num_tiles(grid_k, tile_k)
     tiles = 2 * config.GLUON_ROWS // config.volume(tile_k)  # of a group
@@ -282,7 +281,7 @@ def backward_k(
     statistics_box = TensorDescriptor(flat, [flat.numel()], [1], [STATISTICS.value], gl.NVMMASharedLayout(0, 32, 1))
     hopper_backward_k_kernel[(min(groups, programs or processors(q.device.index)),)](
         describe(k, plan_k), describe(v, plan_v), describe(q, plan_q), describe(grad_out, plan_grad), statistics_box,
-        dk, dv, blocks, steps, offsets, blocks.shape[-1], dk.stride()[:3], float(scale),
+        dk, dv, blocks, steps, offsets, blocks.shape[-1], float(scale),
         groups, groups_per_head, tiles_k, heads_kv, tuple(grid_q), tuple(grid_k),
         TILE_Q=tuple(tile_q), TILE_K=tuple(tile_k), TILES=tiles, MEMBERS=q.shape[1] // heads_kv, STAGES=STAGES,
         BOX_K_H=plan_k.block[-3], BOX_K_W=plan_k.block[-2],

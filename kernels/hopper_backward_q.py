@@ -61,7 +61,7 @@ def _load(
 
 @gluon.jit
 def _consume(
-    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, dq_strides, scale,
+    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, scale,
     groups, groups_per_head, tiles_q, heads, grid_q, grid_k,
     TILE_Q: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, MASK_K: gl.constexpr,
     BOX_Q_H: gl.constexpr, BOX_Q_W: gl.constexpr, BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr,
@@ -131,13 +131,13 @@ def _consume(
         )  # fmt: skip
         real = group * 2 + part < own_blocks
         store_rows(
-            dq_ptr, dq_strides, pair // heads, pair % heads, t, h, w, grid_q, real, dq * scale, BOX_Q_H, BOX_Q_W
+            dq_ptr, pair // heads, pair % heads, heads, t, h, w, grid_q, real, dq * scale, BOX_Q_H, BOX_Q_W
         )  # fmt: skip
 
 
 @gluon.jit
 def hopper_backward_q_kernel(
-    q_box, grad_box, k_box, v_box, dq_ptr, statistics_ptr, programs, plans, length, dq_strides, scale,
+    q_box, grad_box, k_box, v_box, dq_ptr, statistics_ptr, programs, plans, length, scale,
     groups, groups_per_head, tiles_q, heads, group_size, grid_q, grid_k,
     TILE_Q: gl.constexpr, TILE_K: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, MASK_K: gl.constexpr,
     BOX_Q_H: gl.constexpr, BOX_Q_W: gl.constexpr, BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr,
@@ -155,7 +155,7 @@ def hopper_backward_q_kernel(
             (
                 _consume,
                 (
-                    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, dq_strides, scale,
+                    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, scale,
                     groups, groups_per_head, tiles_q, heads, grid_q, grid_k,
                     TILE_Q, TILES, STAGES, MASK_K, BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, 0,
                 ),
@@ -163,7 +163,7 @@ def hopper_backward_q_kernel(
             (
                 _consume,
                 (
-                    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, dq_strides, scale,
+                    a_ring, b_ring, full, empty, programs, plans, length, statistics_ptr, dq_ptr, scale,
                     groups, groups_per_head, tiles_q, heads, grid_q, grid_k,
                     TILE_Q, TILES, STAGES, MASK_K, BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, 1,
                 ),
@@ -198,7 +198,7 @@ def backward_q(
     plans: tuple[BoxPlan, ...],
     programs: int | None = None,
 ) -> None:
-    """Fill `dq`.
+    """Fill `dq`, whose memory is a contiguous [B, S, H, D].
 
     Args:
         statistics: Of `hopper_backward.row_statistics`.
@@ -215,7 +215,7 @@ def backward_q(
     tiles = 2 * config.GLUON_ROWS // config.volume(tile_q)  # of a group
     hopper_backward_q_kernel[(min(groups, programs or processors(q.device.index)),)](
         describe(q, plan_q), describe(grad_out, plan_grad), describe(k, plan_k), describe(v, plan_v),
-        dq, statistics, blocks, steps, blocks.shape[-1], dq.stride()[:3], float(scale),
+        dq, statistics, blocks, steps, blocks.shape[-1], float(scale),
         groups, triton.cdiv(tiles_q, tiles), tiles_q, q.shape[1], q.shape[1] // k.shape[1],
         tuple(grid_q), tuple(grid_k),
         TILE_Q=tuple(tile_q), TILE_K=tuple(tile_k), TILES=tiles, STAGES=STAGES,

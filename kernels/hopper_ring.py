@@ -37,7 +37,7 @@ def fill(
     KIND: gl.constexpr, STAGES: gl.constexpr, ACCESS_A: gl.constexpr, ACCESS_B: gl.constexpr,
     EXTRA_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the slot of a ring position. KIND: 0 for both consumers, 1 or 2 for one of them. Returns slot and barrier."""
+    """Fill the slot of a ring position: KIND 0 for both consumers, 1 or 2 for one of them. Returns slot, barrier."""
     slot = position % STAGES
     mbarrier.wait(empty.index(slot), ((position // STAGES) & 1) ^ 1)
     if KIND != 0:
@@ -148,13 +148,8 @@ def acquire(step, start, common, both, phases, full, part: gl.constexpr, STAGES:
 
 
 @gluon.jit
-def store_rows(
-    pointer, strides, batch, head, t, h, w, grid, real, rows, BOX_H: gl.constexpr, BOX_W: gl.constexpr
-):  # fmt: skip
-    """Write fp32 `rows` [64, WIDTH] to the tokens of the block at (t, h, w), if it is real.
-
-    `strides` are those of (batch, head, token).
-    """
+def store_rows(pointer, batch, head, heads, t, h, w, grid, real, rows, BOX_H: gl.constexpr, BOX_W: gl.constexpr):
+    """Write fp32 `rows` [64, WIDTH] to the tokens of the block at (t, h, w), if it is real, of a [B, S, H, WIDTH]."""
     LAYOUT: gl.constexpr = rows.type.layout
     # The assembly hides from the compiler that the rows are the same for every block: what it would keep of them in
     # registers throughout the kernel is what the products need.
@@ -167,7 +162,7 @@ def store_rows(
         pack=1,
     )
     token, valid = row_tokens(row, t, h, w, grid[0], grid[1], grid[2], BOX_H, BOX_W)
-    pointer += batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    pointer += (batch.to(gl.int64) * (grid[0] * grid[1] * grid[2]) * heads + head) * WIDTH
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    pointers = pointer + ((token * strides[2])[:, None] + column[None, :])
+    pointers = pointer + ((token * (heads * WIDTH))[:, None] + column[None, :])
     gl.store(pointers, rows.to(pointer.dtype.element_ty), mask=(valid & real)[:, None])

@@ -212,7 +212,7 @@ def share_transposed(
         together: Whether what both lists name is to be loaded once.
 
     Returns:
-        programs [B, H, L * split] int32 with blocks as in `share_lists`, `split` of them a tile: the program of key tile
+        programs [B, H, L * split] int32 with blocks as in `share_lists`, `split` of them a tile: that of key tile
         j begins at q_offsets[b, h, j] * split. plans as in `share_lists`.
     """
     batch, heads, capacity = q_indices.shape
