@@ -26,8 +26,8 @@ from bsa_compile.kernels.hopper_blocks import LOG2_E, ROWS, block_origin, descri
 from bsa_compile.kernels.hopper_ring import BLOCK_BYTES, STATISTICS, WIDTH, acquire, fill_lists, init_ring, store_rows
 
 # Twelve warps start with 168 registers a thread; the consumers take from the loaders.
-CONSUMER_REGISTERS = 240
-LOADER_REGISTERS = 24
+CONSUMER_REGISTERS = 232
+LOADER_REGISTERS = 40
 STAGES = 4  # of 32.5 KB, beside 64 KB of keys and values
 
 

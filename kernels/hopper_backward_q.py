@@ -51,7 +51,7 @@ def _load(
                 1 + part, STAGES, ACCESS[0], ACCESS[1], 0,
             )  # fmt: skip
             position += 1
-        blocks = programs + index.to(gl.int64) * (TILES * length)
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length)
         position = fill_lists(
             position, blocks, blocks + (TILES - 1) * length, plans + index * 4,
             batch, head // group_size, heads // group_size, grid_k, k_box, v_box, a_ring, b_ring, full, empty,
@@ -85,7 +85,7 @@ def _consume(
         other = gl.load(plan + 2 - part)
         both = gl.minimum(alone, other)
         steps = common + alone
-        blocks = programs + index.to(gl.int64) * (TILES * length) + part * (TILES - 1) * length
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length) + part * (TILES - 1) * length
         own_blocks = tiles_q * (2 // TILES)
         own = pair * own_blocks + gl.minimum(group * 2 + part, own_blocks - 1)
         statistics = statistics_ptr + own.to(gl.int64) * STATISTICS + gl.arange(0, ROWS, ROW)

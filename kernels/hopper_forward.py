@@ -86,7 +86,7 @@ def _loader(
         common = gl.load(plan)
         alone_0 = gl.load(plan + 1)
         alone_1 = gl.load(plan + 2)
-        blocks = programs + index.to(gl.int64) * (TILES * length)
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length)
         first = gl.load(blocks)
         second = gl.load(blocks + 1)
         if QUERIES:
@@ -269,7 +269,7 @@ def _consumer(
         rounds = gl.minimum(alone, other)
         stride = common // (rounds + 1)
         last_alone = gl.where(odd == 1, alone - 1, -1)
-        blocks = programs + index.to(gl.int64) * (TILES * length) + part * (TILES - 1) * length
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length) + part * (TILES - 1) * length
 
         slot_q = position_k % SLOTS_K
         mbarrier.wait(k_full.index(slot_q), (phases_k >> slot_q) & 1)
