@@ -38,6 +38,7 @@ from bsa_compile.kernels.config import Launch
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.select import select
 from bsa_compile.kernels.transpose import transpose_selection
+from bsa_compile.structured import shared_fraction, structured_qkv
 
 DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FLASH": SDPBackend.FLASH_ATTENTION}
 TOLERANCE = 1e-2  # relative error of bf16 results against fp64
@@ -62,6 +63,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="heads-first",
         help="memory order of q, k, v: contiguous [B, H, S, D], [B, S, H, D], or views of [B, S, 3, H, D]",
     )
+    parser.add_argument(
+        "--inputs",
+        choices=["structured", "random"],
+        default="structured",
+        help="q, k, v smooth in space and time, as of video, or random ones",
+    )
     parser.add_argument("--lists", choices=["selected", "random"], default="selected", help="where the lists come from")
     parser.add_argument("--path", choices=["box", "pointer"], help="refuse the faster paths")
     parser.add_argument("--no-dense", action="store_true", help="skip dense attention")
@@ -80,12 +87,14 @@ class Problem:
         self.scale = width**-0.5
         torch.manual_seed(0)
         new = {"dtype": torch.bfloat16, "device": "cuda"}
-        if options.memory == "heads-first":
-            self.qkv = tuple(torch.randn(1, heads, tokens, width, **new) for _ in range(3))
-        elif options.memory == "tokens-first":
-            self.qkv = tuple(torch.randn(1, tokens, heads, width, **new).transpose(1, 2) for _ in range(3))
+        if options.inputs == "structured":
+            self.qkv = structured_qkv(self.grid, heads, width, seed=0, **new)
         else:
-            self.qkv = tuple(x.transpose(1, 2) for x in torch.randn(1, tokens, 3, heads, width, **new).unbind(2))
+            self.qkv = tuple(torch.randn(1, heads, tokens, width, **new) for _ in range(3))
+        if options.memory == "tokens-first":
+            self.qkv = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in self.qkv)
+        elif options.memory == "fused":
+            self.qkv = tuple(x.transpose(1, 2) for x in torch.stack(self.qkv, 2).transpose(1, 3).contiguous().unbind(2))
         self.grad = torch.randn(1, tokens, heads, width, **new).transpose(1, 2)
         self.tiles = config.num_tiles(self.grid, self.tile)
         self.keep = max(1, math.floor((1 - Decimal(options.sparsity)) * self.tiles))
@@ -296,7 +305,9 @@ def main() -> None:
         "sparsity": options.sparsity,
         "kept_tiles": f"{problem.keep} of {problem.tiles}",
         "memory": options.memory,
+        "inputs": options.inputs,
         "lists": options.lists,
+        "shared": shared_fraction(problem.counts, problem.lists, problem.grid, problem.tile),  # with w-neighbours
         "path": f"{path.name}: {path.reason}",
         "launch": asdict(path.launch),
     }

@@ -19,7 +19,7 @@ from .backend import BSABackend, effective_policy, log_enabled, starts_enabled
 from .errors import BSACompileError, PolicyError, UsageError, must
 from .grid import TokenGrid
 from .module_tree import repeated_blocks, share_tree, with_own_code
-from .ops import attend_implementations
+from .ops import attend_implementations, how_to_get
 from .policy import BSAPolicy
 from .report import Report
 from .runtime import Runtime
@@ -204,7 +204,7 @@ def check_policy(policy: Any) -> None:
         raise PolicyError(must("policy", "be a BSAPolicy", type(policy).__name__))
     known = attend_implementations()
     if policy.attend not in known:
-        todo = "Others are put in by bsa_compile.register_attend."
+        todo = how_to_get(policy.attend)
         raise PolicyError(must("policy's attend", f"be one of {', '.join(known)}", repr(policy.attend), todo))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from bsa_compile import __version__
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
     except SystemExit as exc:  # argparse has said why on stderr, or printed help on stdout
         return exc.code if isinstance(exc.code, int) else 0
     try:
@@ -120,6 +122,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", type=_triple, metavar="T,H,W", help="ask the kernels about this token grid")
+    parser.add_argument("--tile", type=_triple, metavar="T,H,W", help="and about this tile")
     _add_json(parser)
 
 
@@ -147,6 +151,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     attention.add_argument("--heads", type=_positive, metavar="N", help="default: 2 on a CPU, 8 on a GPU")
     attention.add_argument("--head-dim", type=_positive, metavar="D", help="default: 64 on a CPU, 128 on a GPU")
+    peers = attention.add_argument_group("beside other kernels")
+    peers.add_argument("--peers", action="store_true", help="compare with dense and block-sparse kernels that are here")
+    peers.add_argument("--lists", type=_among("gate", "random"), metavar="L,...", help="gate, random (default: both)")
+    sweeps = ("sparsity", "tokens", "kept")
+    peers.add_argument("--sweep", type=_among(*sweeps), metavar="S,...", help=f"also vary {', '.join(sweeps)}")
+    peers.add_argument("--rounds", type=_positive, default=2, metavar="N", help="of all measurements (default: 2)")
+    peers.add_argument("--budget", type=_positive, default=math.inf, metavar="SECONDS", help="begin nothing later")
+    peers.add_argument("--plot", metavar="FILE", help="PNG of time against sparsity and tokens")
+    peers.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: 0)")
     model.add_argument("--checkpoint", metavar="DIR", help="default: the tiny checkpoint of the demo")
     _add_backend(model)
     model.set_defaults(heads=None, head_dim=None)
@@ -255,6 +268,19 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _among(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """Names among `known`, separated by commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}, got {name!r}")
+        return names
+
+    return parse
 
 
 def _integer(text: str, low: int, constraint: str) -> int:

@@ -244,7 +244,8 @@ class BSAPolicy:
         dense_steps: the first denoising steps that stay dense; needs `bsa_compile.step`.
         rules: overrides, the first match wins.
         pixels_per_token: pixels along a token's side (8 of the VAE times a patch of 2); turns a grid into pixels.
-        attend: which registered implementation attends.
+        attend: which implementation attends: `native` (our own), `auto` (ours unless an installed library was measured
+            to be faster for the case), or the name of a library's adapter or of what `register_attend` put in.
         on_unsupported: `keep_dense` or `error`, for a site that cannot be rewritten.
         enabled: False keeps everything dense.
 

@@ -50,6 +50,8 @@ class Site:
         grid_q, grid_k: token grids, where known (symbolic sizes appear as text).
         grid_source: where the grid was found: anchor, argument, context, patch_embedding.
         heads, head_dim, batch: sizes, where static.
+        attend: which implementation attends.
+        attend_reason: why, where the policy left the choice open or named another than our own.
     """
 
     module: str
@@ -72,6 +74,7 @@ class Site:
     sparsity: float | None = None
     cdf_threshold: float | None = None
     attend: str = ""
+    attend_reason: str = ""
 
     @property
     def effective_sparsity(self) -> float | None:
@@ -131,7 +134,8 @@ class Site:
         if self.tile_q != self.tile_k:
             tiles += "/" + "x".join(map(str, self.tile_k or ()))
         by = f" [{self.detail}]" if self.detail else ""
-        return f"block-sparse: {', '.join(criteria)}, tile {tiles}, grid from {self.grid_source}{by}"
+        who = f", attend by {self.attend} ({self.attend_reason})" if self.attend_reason else ""
+        return f"block-sparse: {', '.join(criteria)}, tile {tiles}, grid from {self.grid_source}{who}{by}"
 
 
 def effective_sparsity(sites: Iterable[Site]) -> float | None:

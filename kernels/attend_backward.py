@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bsa_compile.kernels import config
+from bsa_compile.kernels import autotune, config
 from bsa_compile.kernels.backward_kernels import backward_k_kernel, backward_q_kernel, delta_kernel
 from bsa_compile.kernels.config import Launch, Triple
 from bsa_compile.kernels.launch import common_alignment, empty_like_tokens, launch_options, needs_mask, operands
@@ -57,6 +57,19 @@ def attend_backward(
     """
     batch, heads, tokens_q, head_dim = q.shape
     heads_kv = k.shape[1]
+    if launch_q is None and launch_k is None and autotune.enabled():
+        grids = (grid_q, tile_q, grid_k, tile_k)
+        rest = (grad_out, grad_lse, q, k, v, out, lse, kv_num_blocks, kv_indices, *grids, scale, layout)
+        chosen = config.backward_q_path(q, k, v, grid_k, tile_q, tile_k, layout, path=path)
+        key = autotune.shape_class("backward_q", chosen, q, k, *grids, layout, kv_indices.shape[-1])
+        launch_q = autotune.launch_for(
+            key, chosen, q.device, lambda one: attend_backward(*rest, launch_q=one, path=path)
+        )
+        chosen = config.backward_k_path(q, grad_out, grid_q, tile_q, tile_k, layout, path=path)
+        key = autotune.shape_class("backward_k", chosen, q, k, *grids, layout, kv_indices.shape[-1])
+        launch_k = autotune.launch_for(
+            key, chosen, q.device, lambda one: attend_backward(*rest, launch_q=launch_q, launch_k=one, path=path)
+        )
     if grad_out.stride(-1) != 1 and head_dim > 1:
         grad_out = grad_out.contiguous()
     chosen = config.backward_path(

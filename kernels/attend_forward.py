@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsa_compile.kernels import config
+from bsa_compile.kernels import autotune, config
 from bsa_compile.kernels.config import Launch, Triple
 from bsa_compile.kernels.launch import common_alignment, empty_like_tokens, launch_options, needs_mask, operands
 from bsa_compile.kernels.tiles import (
@@ -177,6 +177,12 @@ def attend_forward(
         return attend_forward_hopper(
             q, k, v, kv_num_blocks, kv_indices, grid_q, tile_q, grid_k, tile_k, scale, chosen.plans
         )  # fmt: skip
+    if launch is None and autotune.enabled():
+        grids = (grid_q, tile_q, grid_k, tile_k)
+        key = autotune.shape_class("forward", chosen, q, k, *grids, layout, kv_indices.shape[-1])
+        rest = (q, k, v, kv_num_blocks, kv_indices, *grids, scale, layout)
+        tuned = autotune.launch_for(key, chosen, q.device, lambda one: attend_forward(*rest, launch=one, path=path))
+        chosen = config.forward_path(q, k, v, *grids, scale, layout, launch=tuned, path=path)
     launch, boxes = chosen.launch, chosen.name == "box"
     out = empty_like_tokens(q)
     lse = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..errors import GridError, SiteError, must
 from ..grid import TokenGrid
+from ..ops import registry
 from ..policy import BSAPolicy, SitePolicy, Step
 from ..report import REASONS, Site
 from .grids import Grid, Gridded, Grids, text
@@ -254,9 +255,21 @@ class Decider:
             sparsity=chosen.sparsity,
             cdf_threshold=chosen.cdf_threshold,
             attend=chosen.attend,
+            attend_reason="" if chosen.attend == registry.NATIVE else "asked for",
         )
+        if chosen.attend == registry.AUTO:
+            served = registry.choose(chosen.attend, *self._case(found.match, gridded, chosen))
+            site = replace(site, attend=served.name, attend_reason=f"auto: {served.reason}")
         grid_q, grid_k = fate.arguments or (gridded.grid_q, gridded.grid_k)
         return Decision(found, site, Lowering(grid_q, grid_k, chosen))
+
+    def _case(self, match: Match, gridded: Gridded, chosen: SitePolicy) -> tuple[Any, ...]:
+        """What `bsa::attend` will be called with, for the choice of an implementation."""
+        q, k, v = (value(x) for x in (match.q, match.k, match.v))
+        if match.layout == "BSHD":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        tiles = (chosen.chunk_3d_shape_q, chosen.chunk_3d_shape_k)
+        return q, k, v, gridded.grid_q, tiles[0], gridded.grid_k, tiles[1], "raster"
 
     def _comparable(self, grid: Grid) -> tuple[int, ...]:
         """A grid that the policy may compare. Where it compares symbolic sizes the code is guarded on the outcome."""

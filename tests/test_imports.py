@@ -23,7 +23,7 @@ LAYERS = (
     ("passes", "module_tree", "context", "adapters"),
     ("backend", "plain_errors", "runtime", "api"),
     ("parallel", "exporting", "pipelines"),
-    ("timing", "capture", "viz", "bench", "commands", "cli", "__main__"),
+    ("timing", "capture", "structured", "viz", "benchmarking", "commands", "cli", "__main__"),
 )
 
 
@@ -124,7 +124,10 @@ def test_models_know_nothing_of_passes_kernels_and_ops(module):
             assert first_name(name) in ("models", "errors", "policy", "grid"), f"{module} imports {name}"
 
 
-OPTIONAL = ("triton", "matplotlib", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "av", "ftfy")
+OPTIONAL = (
+    *("triton", "matplotlib", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "av", "ftfy"),
+    *("flash_attn", "cudnn", "cutlass"),
+)
 
 
 @pytest.mark.parametrize("module", [m for m in ALL if first_name(m) != "kernels"])

@@ -1,4 +1,4 @@
-"""`bsa-compile bench`: dense against block-sparse, attention alone or the whole model."""
+"""`bsa-compile bench`: dense against block-sparse; attention alone, beside its peers if asked, or the whole model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bsa_compile import ops
 from bsa_compile.api import optimize
 from bsa_compile.capture import AttentionInputs, select_tiles
-from bsa_compile.commands import common, console
+from bsa_compile.commands import bench_peers, common, console
 from bsa_compile.errors import PolicyError, must
 from bsa_compile.files import check_writable
+from bsa_compile.grid import Shape3
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.ops.validate import check_head_dim
+from bsa_compile.selection import BlockSelection
+from bsa_compile.structured import shared_fraction
 from bsa_compile.timing import Timing, measure, timed
 
 TEXT_TOKENS = 16
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-"):
         check_writable(args.json, "--json")
     device = common.resolve_device(args.device)
+    if args.what == "attention" and args.peers:
+        return bench_peers.run(args, attention_sizes(args, device), device)
     bench = {"attention": bench_attention, "model": bench_model}[args.what]
     data = {
         "what": args.what,
@@ -50,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def bench_attention(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Dense SDPA against pool, select and attend, on random q, k, v."""
-    defaults = CUDA_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
-    sizes = {
-        name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
-    }
+    sizes = attention_sizes(args, device)
     check_head_dim(sizes["head_dim"])
     grid, dtype = common.check_grid(args.grid or common.GRIDS[device.type]), common.DTYPES[sizes["dtype"]]
     policy = common.chosen_policy(args)
@@ -111,9 +113,23 @@ def bench_attention(args: argparse.Namespace, device: torch.device) -> dict[str,
         "dtype": sizes["dtype"],
         "policy": policy.to_dict(),
         "kept": selection.density,
+        "shared_fraction": shared(selection, grid.shape, tile_q),
         **summary(times),
         "unavailable": unavailable,
     }
+
+
+def shared(selection: BlockSelection, grid: Shape3, tile: Shape3) -> float | None:
+    """Share of their lists that query tiles have in common with their neighbour along w; None without neighbours."""
+    if grid[2] <= tile[2]:
+        return None
+    return shared_fraction(selection.kv_num_blocks, selection.kv_indices, grid, tile)
+
+
+def attention_sizes(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """heads, head_dim and dtype: what was said, else the device's defaults."""
+    defaults = CUDA_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    return {name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()}
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -171,6 +187,8 @@ def as_text(data: dict[str, Any], device: torch.device) -> str:
     sizes = [f"grid {console.shape(data['grid'])}", f"{data['tokens']:,} tokens", data["dtype"]]
     if data["what"] == "attention":
         sizes += [f"{data['heads']} heads of {data['head_dim']}", f"{console.percent(data['kept'])} of tile pairs kept"]
+        if data["shared_fraction"] is not None:
+            sizes.append(f"w-neighbours share {data['shared_fraction']:.0%} of their blocks")
     else:
         sizes += [data["checkpoint"], f"backend {data['backend']}"]
     rows = [("", "median", "min", "max")]

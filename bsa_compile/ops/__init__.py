@@ -3,9 +3,9 @@
 Importing this registers them. Neither Triton nor a GPU is needed until a CUDA tensor comes.
 """
 
-from . import autograd, flops  # noqa: F401  (they register what they define)
+from . import autograd, flops, libraries  # noqa: F401  (they register what they define)
 from .anchor import attention
 from .functional import block_sparse_attention
-from .registry import attend_implementations, register_attend
+from .registry import attend_implementations, how_to_get, register_attend
 
-__all__ = ["attend_implementations", "attention", "block_sparse_attention", "register_attend"]
+__all__ = ["attend_implementations", "attention", "block_sparse_attention", "how_to_get", "register_attend"]

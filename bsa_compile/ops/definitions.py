@@ -243,7 +243,7 @@ def _attend_backward_fake(
 
 def _find_backward(implementation: str, *case: Any) -> Callable[..., Any] | None:
     """The registered backward, None for the built-in one."""
-    other = registry.find_attend(implementation, *case)
+    other = registry.find_attend(implementation, *case, backward=True)
     if other is not None and other.backward is None:
         raise UnsupportedError(
             must(

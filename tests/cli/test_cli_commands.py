@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bsa_compile
-from bsa_compile.commands import common, console
+from bsa_compile.commands import common, console, info
 from bsa_compile.commands.explain import collapsed, ranges
 from bsa_compile.policy import BSAPolicy, keep_count
 from bsa_compile.report import Site
@@ -90,7 +90,25 @@ def test_info(cli):
     result = cli("info")
     assert result.status == 0
     assert f"bsa_compile  {bsa_compile.__version__}" in result.out
-    assert "native" in result.out
+    assert "native, auto" in result.out or "auto, " in result.out
+    assert "cudnn: not installed (extra peers)" in result.out
+
+
+def test_info_tells_of_a_gpu_which_kernel_a_shape_gets_and_why(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("BSA_AUTOTUNE", raising=False)
+    monkeypatch.setattr(info.torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    paths = info.sample_paths(info.torch.device("cpu"), (8, 8, 8), (4, 4, 8))
+    assert [path["call"].split(",")[0] for path in paths] == ["forward", "backward_q", "backward_k"]
+    assert paths[0]["path"] == "box"
+    assert paths[0]["launch"]["block_k"] == 64
+    assert paths[0]["launch_from"] == "preset: BSA_AUTOTUNE=1 would search"
+    assert paths[0]["auto"].startswith("native (")
+    data = {"versions": {}, "devices": [], "libraries": {}, "extras": {"viz": {}}, "attend_implementations": []}
+    ops = [{"device": "cuda:0", "implementation": "Triton kernels", "reason": "", "paths": paths}]
+    text = info.as_text({**data, "ops": ops})
+    assert "block_k 64" in text
+    assert 'attend="auto": native' in text
 
 
 def test_info_json_without_triton(cli, monkeypatch):
@@ -123,6 +141,13 @@ def test_explain_json(cli):
     assert data["report"]["rewritten"] == 2
     linears = 12 * 2 * 450 * 128**2  # a lower bound: qkv, projections and the feed-forward of one block
     assert data["other_flops"] > linears
+
+
+def test_explain_says_who_attends_and_why(cli, tmp_path):
+    policy = tmp_path / "policy.json"
+    policy.write_text(BSAPolicy(attend="auto").to_json())
+    result = cli("explain", TINY, *SMALL, "--policy", policy)
+    assert "attend by native (auto: the device that runs it decides)" in result.out
 
 
 def test_explain_reads_the_parent_folder(cli, tmp_path):
@@ -183,8 +208,25 @@ def test_bench_attention(cli, tmp_path):
     assert f"torch {__import__('torch').__version__}" in result.out
     data = json.loads(path.read_text())
     assert data["kept"] == 0.5
+    assert f"w-neighbours share {data['shared_fraction']:.0%} of their blocks" in result.out
     assert len(data["times"]["dense"]["seconds"]) == 2
     assert set(data["times"]) == {"dense", "block-sparse", "pool and select", "attend"}
+
+
+def test_bench_attention_beside_its_peers(cli, tmp_path):
+    path, sizes = tmp_path / "peers.json", ("--grid", "4,4,8", "--heads", 1, "--head-dim", 16)
+    options = ("--peers", "--device", "cpu", "--repeats", 1, "--rounds", 1, "--lists", "gate", "--tile", "4,4,4")
+    result = cli("bench", "attention", *options, *sizes, "--sparsity", 0.5, "--json", path)
+    assert result.status == 0
+    (entry,) = json.loads(path.read_text())["cases"]
+    assert entry["kept_tiles"] == 1
+    assert f"w-neighbours share {100 * entry['shared_fraction']:.0f}% of their blocks" in result.out
+    assert "FlashAttention-4: absent (flash-attn-4 is not installed: pip install 'bsa-compile[peers]')" in result.out
+    assert "tile 4x4x4, gate lists" in result.err
+    result = cli("bench", "attention", *options, "--cdf-threshold", 0.5)
+    assert result.status == 2
+    assert "--peers must go with --sparsity and --tile" in result.err
+    assert "must be among gate, random, got 'other'" in cli("bench", "attention", "--peers", "--lists", "other").err
 
 
 def test_bench_model(cli):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NEEDS_NO_KERNELS = ("test_in_subprocess.py", "test_config.py", "test_compile.py")
+NEEDS_NO_KERNELS = ("test_in_subprocess.py", "test_config.py", "test_compile.py", "test_autotune.py")
 
 
 def has_cuda() -> bool:

@@ -30,15 +30,16 @@ def call(implementation, *inputs):
 
 
 def test_native_is_built_in_and_cannot_be_replaced():
-    assert attend_implementations() == ("native",)
-    for replace in (False, True):
-        with pytest.raises(UsageError, match="native"):
-            register_attend("native", doubled, replace=replace)
+    assert attend_implementations() == ("native", "auto")
+    for name in ("native", "auto"):
+        for replace in (False, True):
+            with pytest.raises(UsageError, match=name):
+                register_attend(name, doubled, replace=replace)
 
 
 def test_a_registered_implementation_runs_in_eager_and_compiled_code():
     register_attend("doubled", doubled)
-    assert attend_implementations() == ("native", "doubled")
+    assert attend_implementations() == ("native", "auto", "doubled")
     q, k, v = CASE.qkv()
     expected = call("native") * 2
     assert torch.equal(call("doubled"), expected)
@@ -58,7 +59,7 @@ def test_a_name_is_taken_once_unless_replaced():
 
 def test_an_unknown_name_lists_the_known_ones():
     register_attend("mine", doubled)
-    with pytest.raises(UnsupportedError, match="one of native, mine, got 'other'"):
+    with pytest.raises(UnsupportedError, match="one of native, auto, mine, got 'other'"):
         call("other")
 
 

@@ -1,0 +1,59 @@
+"""README's tables of results are made from files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsa_compile.benchmarking.compare import Case, Run, compare
+from bsa_compile.benchmarking.problem import Setting
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "readme_tables.py"
+PAGE = "before\n<!-- results: peers.json | one -->\nold\n<!-- end of results -->\nafter\n"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_what_its_results_give(script):
+    assert script.main(["--check"]) == 0
+
+
+def test_a_table_of_a_comparison(script, tmp_path, monkeypatch, capsys):
+    setting = Setting((4, 4, 8), (4, 4, 4), 1, 16, torch.float32, 0.5)
+    data = compare([Case("one", setting, measures=("forward",))], Run(torch.device("cpu"), 1, 1))
+    about = {"versions": {"torch": "2", "triton": None}, "device": {"name": "a CPU"}, "date": "today", "legend": "L."}
+    (tmp_path / "peers.json").write_text(json.dumps({**data, **about}))
+    new = script.rewritten(PAGE, tmp_path)
+    assert new.startswith("before\n<!-- results: peers.json | one -->\n**tile 4x4x4, gate lists, w-neighbours share ")
+    assert "\n| bsa_compile | " in new
+    assert "L. a CPU, today; torch 2 ([figures](benchmarks/results/peers.json)).\n<!-- end of results -->\nafter" in new
+    assert script.rewritten(new, tmp_path) == new
+
+    monkeypatch.setattr(script, "rewritten", lambda text: new)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert script.main(["--check", "--file", str(page)]) == 1
+    assert "page.md is not what its results give" in capsys.readouterr().err
+    assert page.read_text() == PAGE
+    assert script.main(["--file", str(page)]) == 0
+    assert page.read_text() == new
+
+
+def test_what_a_marker_names_must_be_there(script, tmp_path):
+    with pytest.raises(SystemExit, match=r"names 'peers.json', which is not in"):
+        script.rewritten(PAGE, tmp_path)
+    (tmp_path / "peers.json").write_text('{"cases": [{"name": "two"}]}')
+    with pytest.raises(SystemExit, match=r"case 'one', which 'peers.json' has not. Its cases: two"):
+        script.rewritten(PAGE, tmp_path)
+    with pytest.raises(SystemExit, match="no line"):
+        script.rewritten("nothing", tmp_path)
