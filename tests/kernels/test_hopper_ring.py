@@ -59,8 +59,7 @@ class Machine:
 
     groups: list[Group]
     stages: int
-    through_ring: bool
-    overlap: bool
+    through_ring: bool  # The tiles of a group come through the ring too (dq); else steps overlap (dk, dv).
     copies: list[Callable[[], None]] = field(default_factory=list)
     reads: int = 0
 
@@ -135,8 +134,9 @@ class Machine:
                 yield from wait(slot + (1 + which) * self.stages)
                 check(slot, "tile")
                 yield None
-                check(slot, "tile")
-                self.empty[slot].arrive()
+                own_slot = slot
+                if common + own == 0:
+                    self.empty[slot].arrive()
                 start += 2
             else:
                 yield self.own_full[which].passed(number & 1)
@@ -149,9 +149,14 @@ class Machine:
                 check(slot, step)
                 held.append((slot, step))
                 yield None
-                while len(held) > (1 if self.overlap else 0):
+                while len(held) > (0 if self.through_ring else 1):
                     check(*held[0])
                     self.empty[held.pop(0)[0]].arrive()
+                    yield None
+                if self.through_ring and step == 0:
+                    # Only after the first products has the tile surely arrived in registers.
+                    check(own_slot, "tile")
+                    self.empty[own_slot].arrive()
                     yield None
             if not self.through_ring:
                 assert self.tiles[which] == (number, which)
@@ -193,22 +198,9 @@ def random_groups(rng: random.Random) -> list[Group]:
     ]
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("overlap", [False, True], ids=["in-order", "overlapped"])
+@pytest.mark.parametrize("stages", [3, 4, 5, 6, 7])
 @pytest.mark.parametrize("through_ring", [False, True], ids=["dk-dv", "dq"])
-def test_protocol(stages: int, overlap: bool, through_ring: bool) -> None:
-    if overlap and stages < 3:
-        pytest.skip("holds two of its own slots at a time, with another consumer's between them")
+def test_protocol(stages: int, through_ring: bool) -> None:
     for seed in range(ROUNDS):
-        rng = random.Random(f"{stages} {overlap} {through_ring} {seed}")
-        machine = Machine(random_groups(rng), stages, through_ring, overlap)
-        machine.run(rng)
-
-
-if __name__ == "__main__":
-    ROUNDS = 3000
-    for through_ring in (False, True):
-        for overlap in (False, True):
-            for stages in range(3 if overlap else 2, 8):
-                test_protocol(stages, overlap, through_ring)
-    print("ok")
+        rng = random.Random(f"{stages} {through_ring} {seed}")
+        Machine(random_groups(rng), stages, through_ring).run(rng)
