@@ -25,9 +25,10 @@ from bsa_compile.kernels.config import BoxPlan, Triple
 from bsa_compile.kernels.hopper_blocks import LOG2_E, ROWS, block_origin, describe, load_box, processors
 from bsa_compile.kernels.hopper_ring import BLOCK_BYTES, STATISTICS, WIDTH, acquire, fill_lists, init_ring, store_rows
 
-# Twelve warps start with 168 registers a thread; the consumers take from the loaders.
-CONSUMER_REGISTERS = 232
-LOADER_REGISTERS = 40
+# Twelve warps start with 168 registers a thread; the consumers take from the loaders. With 232 ptxas runs one wgmma
+# after the other (C7512).
+CONSUMER_REGISTERS = 240
+LOADER_REGISTERS = 24
 STAGES = 4  # of 32.5 KB, beside 64 KB of keys and values
 
 
