@@ -60,11 +60,15 @@ def only_compile() -> None:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack (spills), shared memory and the instructions that tell which path it is."""
+    """Registers, stack (spills), shared memory and the instructions that tell which path it is.
+
+    `waits` counts the products that end a group of asynchronous ones: as many as products where ptxas serialises them.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([CUOBJDUMP.with_name("nvdisasm"), "-c", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     ptx = kernel.asm["ptx"]
@@ -75,6 +79,7 @@ def resources(kernel: Any) -> dict[str, int]:
         "warps": kernel.metadata.num_warps,
         "wgmma": ptx.count("wgmma.mma_async"),
         "tma": ptx.count("cp.async.bulk.tensor"),
+        "waits": len(re.findall(r"HGMMA.*gsb0", code)),
     }
 
 

@@ -47,7 +47,9 @@ def test_production_kernels_do_not_spill(resources):
             # The Hopper kernels are not taken with it (`config.GLUON_TRITON`); their loaders spill there.
             newer = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
             known = (case, name) == ("24x44x80 by pointers", "backward_k_kernel") or "hopper" in name
-            assert used["stack"] <= (72 if newer and known else 16), (case, name, used)
+            # What the dk, dv kernel for Hopper spills is read once a group, never in the loop over blocks.
+            allowed = 64 if name == "hopper_backward_k_kernel" else 16
+            assert used["stack"] <= (72 if newer and known else allowed), (case, name, used)
 
 
 @pytest.mark.slow
@@ -79,6 +81,9 @@ def test_the_hopper_backward_is_specialised_by_warps(resources):
             assert used["warps"] == 12
             assert used["shared"] <= 227 * 1024
             assert used["wgmma"] == 2 * products
+            # Groups of products: S, dP and dq; or S, dP, dv and dk at the start, in the loop and at the end. More of
+            # them would mean that ptxas, short of registers, runs one product after the other.
+            assert used["waits"] == 2 * (3 if name == "hopper_backward_q_kernel" else 3 + 4 + 1)
             assert used["tma"] > 0
 
 
