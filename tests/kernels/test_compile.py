@@ -44,12 +44,15 @@ def test_production_kernels_do_not_spill(resources):
         for name, used in kernels.items():
             # Bytes. Triton 3.6 and 3.7, which torch 2.11 to 2.13 bring along on CUDA, spill at most a few registers;
             # 3.9, which a CPU torch may stand beside, spills 72 in the pointer path's dk, dv kernel.
-            # The Hopper kernels are not taken with it (`config.GLUON_TRITON`); their loaders spill there.
+            allowed = 16
             newer = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
-            known = (case, name) == ("24x44x80 by pointers", "backward_k_kernel") or "hopper" in name
-            # What the dk, dv kernel for Hopper spills is read once a group, never in the loop over blocks.
-            allowed = 64 if name == "hopper_backward_k_kernel" else 16
-            assert used["stack"] <= (72 if newer and known else allowed), (case, name, used)
+            if newer and "hopper" in name:
+                continue  # not taken with it (`config.GLUON_TRITON`); the loaders spill there
+            if newer and (case, name) == ("24x44x80 by pointers", "backward_k_kernel"):
+                allowed = 72
+            if name == "hopper_backward_k_kernel":
+                allowed = 64  # read again once a group, never in the loop over blocks
+            assert used["stack"] <= allowed, (case, name, used)
 
 
 @pytest.mark.slow
