@@ -49,7 +49,7 @@ def attend_backward(
         grad_lse: [B, H, Sq], any strides, or None for zero.
         q: This and what follows are the inputs and results of `attend_forward`.
         launch_q: Block sizes of the dq kernel to use instead of the preset; launch_k those of the dk, dv kernel.
-        path: "pointer" refuses the box path.
+        path: "box" refuses the Hopper kernels, "pointer" the box path too (for benchmarks and tests).
 
     Returns:
         dq, dk and dv in the dtypes and shapes of q, k and v, laid out in memory as [B, S, H, D]. Key tiles that no
@@ -57,6 +57,19 @@ def attend_backward(
     """
     batch, heads, tokens_q, head_dim = q.shape
     heads_kv = k.shape[1]
+    if grad_out.stride(-1) != 1 and head_dim > 1:
+        grad_out = grad_out.contiguous()
+    hopper = config.backward_path(
+        q, k, v, grad_out, grid_q, tile_q, grid_k, tile_k, scale, layout,
+        launches=launch_q is not None or launch_k is not None, path=path,
+    )  # fmt: skip
+    if not isinstance(hopper, str):
+        from bsa_compile.kernels.hopper_backward import attend_backward_hopper  # Gluon is not in every Triton
+
+        return attend_backward_hopper(
+            grad_out, grad_lse, q, k, v, out, lse, kv_num_blocks, kv_indices,
+            grid_q, tile_q, grid_k, tile_k, scale, hopper.plans,
+        )  # fmt: skip
     if launch_q is None and launch_k is None and autotune.enabled():
         grids = (grid_q, tile_q, grid_k, tile_k)
         rest = (grad_out, grad_lse, q, k, v, out, lse, kv_num_blocks, kv_indices, *grids, scale, layout)
@@ -70,8 +83,6 @@ def attend_backward(
         launch_k = autotune.launch_for(
             key, chosen, q.device, lambda one: attend_backward(*rest, launch_q=launch_q, launch_k=one, path=path)
         )
-    if grad_out.stride(-1) != 1 and head_dim > 1:
-        grad_out = grad_out.contiguous()
     tiles_q, tiles_k = config.num_tiles(grid_q, tile_q), config.num_tiles(grid_k, tile_k)
     dq, dk, dv = empty_like_tokens(q), empty_like_tokens(k), empty_like_tokens(v)
     delta = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)

@@ -64,7 +64,7 @@ class Path:
             order) or "pointer".
         reason: One clause for people.
         launch: Block sizes and launch options that go with it; those of "gluon" are fixed.
-        plans: With "gluon", how its kernel reads q, k and v.
+        plans: With "gluon", how its kernels read q, k, v and, in the backward, grad_out.
     """
 
     name: str
@@ -114,9 +114,13 @@ def _has_boxes(index: int | None) -> bool:
 GLUON_TRITON = ((3, 6), (3, 7))  # releases whose Gluon compiles the kernels as they were measured
 
 
+def _why_no_gluon(device: torch.device) -> str:
+    """Why the kernels for Hopper do not run on a device; empty if they do."""
+    return _why_no_gluon_on(device.index) if device.type == "cuda" else "it needs a CUDA device"
+
+
 @functools.cache
-def _why_no_gluon(index: int | None) -> str:
-    """Why the kernels for Hopper do not run on a CUDA device; empty if they do."""
+def _why_no_gluon_on(index: int | None) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip is not None or (major, minor) != (9, 0):
         return f"it is written for compute capability 9.0 and this GPU has {major}.{minor}"
@@ -309,18 +313,10 @@ GLUON_GRID = (1 << 10, 1 << 11, 1 << 10)  # a block's coordinates share an int32
 GLUON_LAUNCH = Launch(2 * GLUON_ROWS, 2 * GLUON_ROWS, 12, 3, 168)
 
 
-def plan_gluon(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid_q: Triple,
-    tile_q: Triple,
-    grid_k: Triple,
-    tile_k: Triple,
-    scale: float,
-    layout: str,
-) -> tuple[BoxPlan, BoxPlan, BoxPlan] | str:
-    """How the forward kernel for Hopper reads q, k and v, or the reason why it does not take the call."""
+def _why_not_shaped(
+    q: Tensor, grids: tuple[Triple, Triple], tile_q: Triple, tile_k: Triple, scale: float, layout: str
+) -> str:
+    """Why the kernels for Hopper do not take a call, but for how they read its tensors; empty if nothing is against."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] != 128:
@@ -333,15 +329,60 @@ def plan_gluon(
         return f"it takes query tiles of 64 or 128 positions, not {volume(tile_q)}"
     if volume(tile_k) % GLUON_ROWS:
         return f"it takes key tiles of a multiple of 64 positions, not {volume(tile_k)}"
-    if any(size > limit for size, limit in zip(grid_k, GLUON_GRID, strict=True)):
-        return f"the key grid {grid_k} is beyond {GLUON_GRID}"
+    for name, grid in zip(("query", "key"), grids, strict=True):
+        if any(size > limit for size, limit in zip(grid, GLUON_GRID, strict=True)):
+            return f"the {name} grid {grid} is beyond {GLUON_GRID}"
+    return ""
+
+
+def _plan_all(operands: tuple[tuple[Tensor, Triple, Triple], ...]) -> tuple[BoxPlan, ...] | str:
+    """How the kernels for Hopper read (tensor, grid, tile), or why one of them cannot be read by boxes."""
     plans = []
-    for x, grid, tile in ((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k)):
-        plan = plan_boxes(x, grid, tile, layout, GLUON_ROWS)
+    for x, grid, tile in operands:
+        plan = plan_boxes(x, grid, tile, "raster", GLUON_ROWS)
         if isinstance(plan, str):
             return plan
         plans.append(plan)
-    return plans[0], plans[1], plans[2]
+    return tuple(plans)
+
+
+def plan_gluon(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
+    scale: float,
+    layout: str,
+) -> tuple[BoxPlan, ...] | str:
+    """How the forward kernel for Hopper reads q, k and v, or the reason why it does not take the call."""
+    why_not = _why_not_shaped(q, ((1, 1, 1), grid_k), tile_q, tile_k, scale, layout)
+    return why_not or _plan_all(((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k)))
+
+
+def plan_gluon_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
+    scale: float,
+    layout: str,
+) -> tuple[BoxPlan, ...] | str:
+    """How the backward kernels for Hopper read q, k, v and grad_out, or the reason why they do not take the call."""
+    if grad_out.dtype != q.dtype:
+        return f"it takes grad_out in the dtype of q, not {str(grad_out.dtype).removeprefix('torch.')}"
+    if volume(tile_k) not in (GLUON_ROWS, 2 * GLUON_ROWS):
+        return f"it takes key tiles of 64 or 128 positions, not {volume(tile_k)}"
+    why_not = _why_not_shaped(q, (grid_q, grid_k), tile_q, tile_k, scale, layout)
+    return why_not or _plan_all(
+        ((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k), (grad_out, grid_q, tile_q))
+    )
 
 
 def _path(
@@ -391,8 +432,7 @@ def forward_path(
     """
     why_not = "other launch parameters were asked for" if launch else ""
     if launch is None and path in (None, "gluon"):
-        on_cuda = q.device.type == "cuda"
-        why_not = _why_no_gluon(q.device.index) if on_cuda else "it needs a CUDA device"
+        why_not = _why_no_gluon(q.device)
         if not why_not:
             plans = plan_gluon(q, k, v, grid_q, tile_q, grid_k, tile_k, scale, layout)
             if not isinstance(plans, str):
@@ -405,6 +445,39 @@ def forward_path(
     if path is None and why_not:
         found = replace(found, reason=f"{found.reason}; not the Hopper kernel: {why_not}")
     return found
+
+
+def backward_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    grid_q: Triple,
+    tile_q: Triple,
+    grid_k: Triple,
+    tile_k: Triple,
+    scale: float,
+    layout: str,
+    *,
+    launches: bool = False,
+    path: str | None = None,
+) -> Path | str:
+    """The path "gluon" of `attend_backward`, or why it goes by `backward_q_path` and `backward_k_path`.
+
+    Args:
+        launches: Whether launch parameters were asked for, which are those of the portable kernels.
+    """
+    if launches:
+        return "other launch parameters were asked for"
+    if path not in (None, "gluon"):
+        return f"the path {path!r} was asked for"
+    plans = _why_no_gluon(q.device) or plan_gluon_backward(
+        q, k, v, grad_out, grid_q, tile_q, grid_k, tile_k, scale, layout
+    )
+    if isinstance(plans, str):
+        return plans
+    reason = "Hopper, bf16 or fp16, head_dim 128: neighbouring tiles load what both lists name once"
+    return Path("gluon", reason, GLUON_LAUNCH, plans)
 
 
 def backward_q_path(

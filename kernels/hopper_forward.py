@@ -12,8 +12,6 @@ mistake a later fill for the one that it waits for, however far the other consum
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -22,24 +20,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import BoxPlan, Triple
+from bsa_compile.kernels.hopper_blocks import (
+    LOG2_E,
+    ROWS,
+    block_origin,
+    describe,
+    hide,
+    load_box,
+    processors,
+    row_tokens,
+    unpack,
+)
 from bsa_compile.kernels.launch import empty_like_tokens
 from bsa_compile.kernels.share import share_lists
 
-# The name of the copy changed after triton 3.7.
-_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-ROWS = gl.constexpr(64)  # queries of a consumer, and keys of a block
-BOX_MERGED = gl.constexpr(config.BOX_MERGED)
-BOX_HEADS = gl.constexpr(config.BOX_HEADS)
-LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 # Twelve warps start with 168 registers a thread; the consumers take from the loaders.
 CONSUMER_REGISTERS = 232
@@ -47,52 +47,6 @@ LOADER_REGISTERS = 40
 # Slots of the rings of keys and values, 32 KB each. Blocks for one consumer alone need the fourth slot of keys; a tile
 # of 128 queries has none and does better with more values in flight (H100: 2.93 instead of 3.01 ms).
 SLOTS = {2: (4, 3), 1: (3, 4)}
-
-
-@gluon.jit
-def _load_box(box, batch, head, heads, frames, t, h, w, bar, slot, ACCESS: gl.constexpr):
-    """Bring the 64 tokens of the box at (t, h, w) into `slot` [64, D]."""
-    target = slot.reshape(box.block_type.shape)
-    if ACCESS == BOX_MERGED:
-        _copy(box, [(batch * heads + head) * frames + t, h, w, 0], bar, target)
-    elif ACCESS == BOX_HEADS:
-        _copy(box, [batch * heads + head, t, h, w, 0], bar, target)
-    else:
-        _copy(box, [head, batch * frames + t, h, w, 0], bar, target)
-
-
-@gluon.jit
-def _origin(tile, grid_h, grid_w, TILE_T: gl.constexpr, TILE_H: gl.constexpr, TILE_W: gl.constexpr):
-    """Token coordinates of the first position of a tile."""
-    tiles_h = (grid_h + TILE_H - 1) // TILE_H
-    tiles_w = (grid_w + TILE_W - 1) // TILE_W
-    plane = tile // tiles_w
-    return (plane // tiles_h) * TILE_T, (plane % tiles_h) * TILE_H, (tile % tiles_w) * TILE_W
-
-
-@gluon.jit
-def _query_origin(
-    group,
-    part: gl.constexpr,
-    tiles_q,
-    grid_h,
-    grid_w,
-    TILE_T: gl.constexpr,
-    TILE_H: gl.constexpr,
-    TILE_W: gl.constexpr,
-    TILES: gl.constexpr,
-):
-    """(t, h, w) of the first token of a consumer's query block: a tile of its own, or half of the group's tile."""
-    if TILES == 2:
-        tile = gl.minimum(group * 2 + part, tiles_q - 1)
-        t, h, w = _origin(tile, grid_h, grid_w, TILE_T, TILE_H, TILE_W)
-    else:
-        t, h, w = _origin(group, grid_h, grid_w, TILE_T, TILE_H, TILE_W)
-        START: gl.constexpr = part * ROWS
-        t += START // (TILE_H * TILE_W)
-        h += START // TILE_W % TILE_H
-        w += START % TILE_W
-    return t, h, w
 
 
 @gluon.jit
@@ -107,14 +61,10 @@ def _fill(
         mbarrier.arrive(empty.index(slot), count=1)
     bar = full.index(kind * SLOTS + slot)
     mbarrier.expect(bar, 2 * box.block_type.nbytes)
-    _load_box(
-        box, batch, head, heads, frames, (first >> 21) & 1023, (first >> 10) & 2047, first & 1023,
-        bar, ring.index(2 * slot), ACCESS,
-    )  # fmt: skip
-    _load_box(
-        box, batch, head, heads, frames, (second >> 21) & 1023, (second >> 10) & 2047, second & 1023,
-        bar, ring.index(2 * slot + 1), ACCESS,
-    )  # fmt: skip
+    t, h, w = unpack(first)
+    load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot), ACCESS)
+    t, h, w = unpack(second)
+    load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot + 1), ACCESS)
 
 
 @gluon.jit
@@ -136,7 +86,7 @@ def _loader(
         common = gl.load(plan)
         alone_0 = gl.load(plan + 1)
         alone_1 = gl.load(plan + 2)
-        blocks = programs + index.to(gl.int64) * (TILES * length)
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length)
         first = gl.load(blocks)
         second = gl.load(blocks + 1)
         if QUERIES:
@@ -144,10 +94,10 @@ def _loader(
             mbarrier.wait(empty.index(slot), ((position // SLOTS) & 1) ^ 1)
             mbarrier.expect(full.index(slot), 2 * q_box.block_type.nbytes)
             for part in gl.static_range(2):
-                t, h, w = _query_origin(
+                t, h, w = block_origin(
                     index % groups_per_head, part, tiles_q, grid_h, grid_w, TILE_T, TILE_H, TILE_W, TILES
                 )
-                _load_box(
+                load_box(
                     q_box,
                     batch,
                     head,
@@ -271,25 +221,6 @@ def _values(p_left, p_right, acc, ring, slot):
 
 
 @gluon.jit
-def _hide(scores, packed, frames, grid_h, grid_w, S: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr):
-    """-inf where a key block has no token; only blocks that stick out of the grid (sign bit) are looked at."""
-    if packed < 0:
-        scores = _hide_columns(scores, packed, frames, grid_h, grid_w, S, BOX_H, BOX_W)
-    return scores
-
-
-@gluon.jit
-def _hide_columns(scores, packed, frames, grid_h, grid_w, S: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr):
-    column = gl.arange(0, ROWS, gl.SliceLayout(0, S))
-    valid = (
-        (((packed >> 21) & 1023) + column // (BOX_H * BOX_W) < frames)
-        & (((packed >> 10) & 2047) + column // BOX_W % BOX_H < grid_h)
-        & ((packed & 1023) + column % BOX_W < grid_w)
-    )
-    return gl.where(valid[None, :], scores, float("-inf"))
-
-
-@gluon.jit
 def _softmax(left, right, best, scale_log2, drop):
     """(weights, their row sums, the new best, the factor for what was summed before); logits in base 2.
 
@@ -338,7 +269,7 @@ def _consumer(
         rounds = gl.minimum(alone, other)
         stride = common // (rounds + 1)
         last_alone = gl.where(odd == 1, alone - 1, -1)
-        blocks = programs + index.to(gl.int64) * (TILES * length) + part * (TILES - 1) * length
+        blocks = programs + gl.cast(index, gl.int64) * (TILES * length) + part * (TILES - 1) * length
 
         slot_q = position_k % SLOTS_K
         mbarrier.wait(k_full.index(slot_q), (phases_k >> slot_q) & 1)
@@ -362,8 +293,8 @@ def _consumer(
             mbarrier.arrive(k_empty.index(slot), count=1)
             if MASK_K:
                 at = blocks + 2 * gl.where(own, common, 0)
-                left = _hide(left, gl.load(at), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
-                right = _hide(right, gl.load(at + 1), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                left = hide(left, gl.load(at), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                right = hide(right, gl.load(at + 1), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
             if TILES == 2:
                 drop = gl.where(own & (last_alone == 0), float("inf"), 0.0)
             else:
@@ -387,8 +318,8 @@ def _consumer(
                 left, right = warpgroup_mma_wait(2, [left, right])
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 if MASK_K:
-                    left = _hide(left, block_left, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
-                    right = _hide(right, block_right, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                    left = hide(left, block_left, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                    right = hide(right, block_right, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
                 if TILES == 2:
                     drop = gl.where(own & (had == last_alone), float("inf"), 0.0)
                 else:
@@ -420,11 +351,11 @@ def _consumer(
 
         pair = index // groups_per_head
         group = index % groups_per_head
-        t, h, w = _query_origin(group, part, tiles_q, grid_h_q, grid_w_q, TILE_T, TILE_H, TILE_W, TILES)
+        t, h, w = block_origin(group, part, tiles_q, grid_h_q, grid_w_q, TILE_T, TILE_H, TILE_W, TILES)
         row = gl.arange(0, ROWS, ROW)
-        token, valid = _row_tokens(row, t, h, w, frames_q, grid_h_q, grid_w_q, BOX_Q_H, BOX_Q_W)
+        token, valid = row_tokens(row, t, h, w, frames_q, grid_h_q, grid_w_q, BOX_Q_H, BOX_Q_W)
         row_o = gl.arange(0, ROWS, ROW_O)
-        token_o, valid_o = _row_tokens(row_o, t, h, w, frames_q, grid_h_q, grid_w_q, BOX_Q_H, BOX_Q_W)
+        token_o, valid_o = row_tokens(row_o, t, h, w, frames_q, grid_h_q, grid_w_q, BOX_Q_H, BOX_Q_W)
         if TILES == 2:
             real = group * 2 + part < tiles_q
             valid = valid & real
@@ -433,15 +364,6 @@ def _consumer(
         column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O))
         base = out + (pair // heads).to(gl.int64) * stride_b + (pair % heads).to(gl.int64) * stride_h
         gl.store(base + (token_o * stride_s)[:, None] + column[None, :], acc.to(dtype), mask=valid_o[:, None])
-
-
-@gluon.jit
-def _row_tokens(row, t, h, w, frames, grid_h, grid_w, BOX_H: gl.constexpr, BOX_W: gl.constexpr):
-    """(token, whether there is one) of the rows of a query block."""
-    t += row // (BOX_H * BOX_W)
-    h += row // BOX_W % BOX_H
-    w += row % BOX_W
-    return (t.to(gl.int64) * grid_h + h) * grid_w + w, (t < frames) & (h < grid_h) & (w < grid_w)
 
 
 @gluon.jit
@@ -519,16 +441,6 @@ def _attend_forward_hopper(
     )  # fmt: skip
 
 
-def _box(x: Tensor, plan: BoxPlan) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(128, 16, len(plan.block))
-    return TensorDescriptor(x, list(plan.shape), list(plan.strides), list(plan.block), layout)
-
-
-@functools.cache
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def attend_forward_hopper(
     q: Tensor,
     k: Tensor,
@@ -565,8 +477,8 @@ def attend_forward_hopper(
     plan_q, plan_k, plan_v = plans
     slots_k, slots_v = slots or SLOTS[tiles]
     tiles_q = config.num_tiles(grid_q, tile_q)
-    _attend_forward_hopper[(min(groups, programs or _processors(q.device.index)),)](
-        _box(q, plan_q), _box(k, plan_k), _box(v, plan_v), out, lse, blocks, steps, float(scale),
+    _attend_forward_hopper[(min(groups, programs or processors(q.device.index)),)](
+        describe(q, plan_q), describe(k, plan_k), describe(v, plan_v), out, lse, blocks, steps, float(scale),
         heads, heads // k.shape[1], tiles_q, *grid_q, *grid_k,
         *out.stride()[:3], tokens_q, groups, triton.cdiv(tiles_q, tiles), blocks.shape[-1],
         HEAD_DIM=head_dim, SLOTS_K=slots_k, SLOTS_V=slots_v,

@@ -99,6 +99,13 @@ def sample_paths(device: torch.device, grid: Shape3, tile: Shape3) -> list[dict[
         "backward_q": config.backward_q_path(x, x, x, *where),
         "backward_k": config.backward_k_path(x, x, *where),
     }
+    hopper = config.backward_path(x, x, x, x, grid, tile, grid, tile, scale, "raster")
+    for kernel in ("backward_q", "backward_k"):
+        portable = paths[kernel]
+        if isinstance(hopper, str):
+            paths[kernel] = dataclasses.replace(portable, reason=f"{portable.reason}; not the Hopper kernels: {hopper}")
+        else:
+            paths[kernel] = hopper
     kept = keep_count(num_tiles(grid, tile), DEFAULT_SPARSITY)
     found = []
     for kernel, path in paths.items():

@@ -24,6 +24,7 @@ from bsa_compile.kernels import config
 from bsa_compile.kernels.attend_backward import attend_backward
 from bsa_compile.kernels.attend_forward import attend_forward
 from bsa_compile.kernels.config import Triple
+from bsa_compile.kernels.hopper_backward import attend_backward_hopper
 from bsa_compile.kernels.hopper_forward import attend_forward_hopper
 from bsa_compile.kernels.pool import pool
 from bsa_compile.kernels.score import Scorer
@@ -67,11 +68,15 @@ def only_compile(capability: int = 90) -> None:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack (spills), shared memory and the instructions that tell which path it is."""
+    """Registers, stack (spills), shared memory and the instructions that tell which path it is.
+
+    `waits` counts the products that end a group of asynchronous ones: as many as products where ptxas serialises them.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([CUOBJDUMP.with_name("nvdisasm"), "-c", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     ptx = kernel.asm["ptx"]
@@ -82,6 +87,7 @@ def resources(kernel: Any) -> dict[str, int]:
         "warps": kernel.metadata.num_warps,
         "wgmma": ptx.count("wgmma.mma_async"),
         "tma": ptx.count("cp.async.bulk.tensor"),
+        "waits": len(re.findall(r"HGMMA.*gsb0", code)),
     }
 
 
@@ -115,6 +121,9 @@ def compile_all(
         scorer = Scorer(pooled, pooled, config.row_layout(tiles), launch=config.HOPPER_SCORE)
         scorer(torch.empty(heads * tiles * scorer.layout.width, device="meta"), 0, heads, 0, tiles)
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
+    plans = config.plan_gluon_backward(q, q, q, out, *tail)
+    if path is None and not isinstance(plans, str):
+        attend_backward_hopper(out, None, q, q, q, out, lse, counts, lists, *tail[:5], plans, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}
 

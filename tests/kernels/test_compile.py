@@ -62,10 +62,15 @@ def test_production_kernels_do_not_spill(resources):
         for name, used in kernels.items():
             # Bytes. Triton 3.6 and 3.7, which torch 2.11 to 2.13 bring along on CUDA, spill at most a few registers;
             # 3.9, which a CPU torch may stand beside, spills 72 in the pointer path's dk, dv kernel.
-            # The Hopper kernel is not taken with it (`config.GLUON_TRITON`); its loaders spill there.
+            allowed = 16
             newer = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
-            known = (case, name) == ("24x44x80 by pointers", "backward_k_kernel") or name == "_attend_forward_hopper"
-            assert used["stack"] <= (72 if newer and known else 16), (case, name, used)
+            if newer and "hopper" in name:
+                continue  # not taken with it (`config.GLUON_TRITON`); the loaders spill there
+            if newer and (case, name) == ("24x44x80 by pointers", "backward_k_kernel"):
+                allowed = 72
+            if name == "hopper_backward_k_kernel":
+                allowed = 64  # read again once a group, never in the loop over blocks
+            assert used["stack"] <= allowed, (case, name, used)
 
 
 @pytest.mark.slow
@@ -96,6 +101,22 @@ def test_two_programs_of_the_hopper_score_share_a_multiprocessor(resources):
     assert 2 * (used["shared"] + 1024) <= 227 * 1024
     assert used["wgmma"] == 3 * 8
     assert used["tma"] > 0
+
+
+@pytest.mark.slow
+def test_the_hopper_backward_is_specialised_by_warps(resources):
+    for case in ("24x44x80", "24x45x80, fused qkv", "24x44x80, 128"):
+        # Products of each consumer. dq: S, dP and dq in the loop. dk, dv: S, dP, dv and dk at the start, in the loop
+        # and at the end.
+        for name, products in (("hopper_backward_q_kernel", 8 + 8 + 4), ("hopper_backward_k_kernel", 2 * (8 + 8 + 8))):
+            used = resources[case][name]
+            assert used["warps"] == 12
+            assert used["shared"] <= 227 * 1024
+            assert used["wgmma"] == 2 * products
+            # Groups of products: S, dP and dq; or S, dP, dv and dk at the start, in the loop and at the end. More of
+            # them would mean that ptxas, short of registers, runs one product after the other.
+            assert used["waits"] == 2 * (3 if name == "hopper_backward_q_kernel" else 3 + 4 + 1)
+            assert used["tma"] > 0
 
 
 @pytest.mark.slow

@@ -127,6 +127,45 @@ def test_path_names_and_reasons():
     assert config.backward_k_path(q, q, GRID, TILE, TILE, "raster").name == "box"
 
 
+WIDE, HALF = (4, 4, 8), (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, ""),
+        ({"tile_q": WIDE, "tile_k": WIDE}, ""),
+        ({"tile_k": WIDE}, ""),
+        ({"k": heads_first(heads=1), "v": heads_first(heads=1)}, ""),
+        ({"q": heads_first(dtype=torch.float32), "grad_out": heads_first(dtype=torch.float32)}, "bf16 and fp16"),
+        ({"grad_out": heads_first(dtype=torch.float16)}, "grad_out in the dtype of q"),
+        ({"grad_out": heads_first()[:, :1].expand(-1, heads_first().shape[1], -1, -1)}, "do not merge"),
+        ({"tile_q": HALF}, "query tiles of 64 or 128"),
+        ({"tile_k": (4, 8, 8)}, "key tiles of 64 or 128"),
+        ({"layout": "tile"}, "raster order"),
+        ({"scale": 0.0}, "positive scale"),
+        ({"grid_q": (1, 4096, 1)}, "query grid"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_reason_against_the_hopper_backward(options, reason):
+    x = heads_first()
+    call = {"q": x, "k": x, "v": x, "grad_out": x, "grid_q": GRID, "tile_q": TILE, "grid_k": GRID, "tile_k": TILE}
+    plans = config.plan_gluon_backward(**{**call, "scale": SCALE, "layout": "raster", **options})
+    if reason:
+        assert reason in str(plans)
+    else:
+        assert len(plans) == 4
+
+
+def test_the_hopper_backward_is_for_cuda_and_presets():
+    x = heads_first()
+    args = (x, x, x, x, GRID, TILE, GRID, TILE, SCALE, "raster")
+    assert "CUDA" in str(config.backward_path(*args))
+    assert "launch parameters" in str(config.backward_path(*args, launches=True))
+    assert "'box'" in str(config.backward_path(*args, path="box"))
+
+
 @pytest.mark.parametrize("positions", [1, 8, 16, 30, 64, 96, 128, 160, 256, 1000])
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 128, 256])
 def test_presets_are_usable(positions, head_dim):

@@ -179,6 +179,71 @@ def test_full_load_is_bit_equal(tile, device):
     assert float((lse - attend_forward(*args, path="box")[1]).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["equal lists", "random lists"])
+@pytest.mark.parametrize("heads_kv", [8, 2])
+@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 4, 8)], ids=str)
+def test_full_load_of_the_backward_is_bit_equal(tile, heads_kv, alike, device):
+    problem = random_problem((24, 44, 80), 8, heads_kv, 82 if tile == (4, 4, 4) else 41, device, False, tile)
+    if alike:
+        problem.lists[:, :, 1::2] = problem.lists[:, :, 0::2]
+    args = (problem.q, problem.k, problem.v, problem.counts, problem.lists, *problem.tail)
+    out, lse = attend_forward(*args)
+    rest = (*args[:3], out, lse, *args[3:])
+    grad = torch.randn_like(out)
+    first = attend_backward(grad, lse, *rest)
+    for _ in range(20):
+        for a, b in zip(attend_backward(grad, lse, *rest), first, strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(attend_backward(grad, lse, *rest, path="box"), first, strict=True):
+        assert relative(b, a.double()) < 5e-3
+
+
+HOPPER_BACKWARD = {
+    "odd number of tiles": ((4, 12, 12), (4, 4, 4), (4, 12, 20), (4, 4, 4), 2, 3, 3, torch.bfloat16),
+    "one tile": ((4, 4, 4), (4, 4, 4), (4, 4, 4), (4, 4, 4), 1, 2, 2, torch.float16),
+    "tiles of 128": ((8, 8, 24), (4, 4, 8), (8, 8, 16), (4, 4, 8), 2, 4, 4, torch.bfloat16),
+    "64 queries, 128 keys": ((8, 8, 20), (2, 4, 8), (8, 8, 24), (4, 4, 8), 1, 2, 2, torch.bfloat16),
+    "128 queries, 64 keys": ((8, 8, 24), (4, 4, 8), (8, 8, 20), (4, 4, 4), 1, 2, 2, torch.float16),
+    "partial tiles": ((8, 9, 10), (4, 4, 4), (8, 6, 11), (4, 4, 4), 1, 4, 4, torch.bfloat16),
+    "partial tiles of 128": ((8, 9, 20), (4, 4, 8), (8, 9, 20), (4, 4, 8), 1, 4, 4, torch.bfloat16),
+    "grouped heads": ((8, 8, 12), (4, 4, 4), (8, 9, 12), (4, 4, 4), 2, 6, 2, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER_BACKWARD)
+def test_hopper_backward_beside_the_portable_one(name, device):
+    """Lists of random lengths, some empty, some key tiles unwanted."""
+    grid_q, tile_q, grid_k, tile_k, batch, heads, heads_kv, dtype = HOPPER_BACKWARD[name]
+    torch.manual_seed(0)
+    new = {"dtype": dtype, "device": device}
+    q = torch.randn(batch, heads, math.prod(grid_q), 128, **new)
+    k, v = (torch.randn(batch, math.prod(grid_k), heads_kv, 128, **new).transpose(1, 2) for _ in range(2))
+    if batch == 1 and grid_q == grid_k and heads == heads_kv:
+        q, k, v = (x.transpose(1, 2) for x in torch.randn(1, q.shape[2], 3, heads, 128, **new).unbind(2))
+    tiles_q, tiles_k = config.num_tiles(grid_q, tile_q), config.num_tiles(grid_k, tile_k)
+    chosen = torch.rand(batch, heads, tiles_q, tiles_k, device=device)
+    chosen = chosen < torch.rand(batch, heads, tiles_q, 1, device=device)
+    chosen[:, :, 1:] |= chosen[:, :, :-1] & (torch.rand(chosen[:, :, 1:].shape, device=device) < 0.5)
+    if tiles_q > 1:
+        chosen[:, :, tiles_q // 3] = False
+        chosen[..., tiles_k // 2] = False
+    counts = chosen.sum(-1).int()
+    lists = (~chosen).to(torch.int8).sort(dim=-1, stable=True).indices.int()
+    lists[torch.arange(tiles_k, device=device) >= counts[..., None]] = 2**31 - 1
+    tail = (counts, lists, grid_q, tile_q, grid_k, tile_k, 128**-0.5)
+    out, lse = attend_forward(q, k, v, *tail)
+    grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        path = config.backward_path(q, k, v, grad, *tail[2:], "raster")
+        assert not isinstance(path, str), path
+    got = attend_backward(grad, grad_lse, q, k, v, out, lse, *tail)
+    want = attend_backward(grad, grad_lse, q, k, v, out, lse, *tail, path="pointer")
+    for a, b in zip(got, want, strict=True):
+        assert bool(torch.isfinite(a).all())
+        assert float((a.double() - b.double()).norm()) <= 5e-3 * float(b.double().norm())
+        assert torch.equal(a.abs().amax(-1) == 0, b.abs().amax(-1) == 0)
+
+
 @pytest.mark.parametrize("path", [None, "box", "pointer"], ids=["preset", "box", "pointer"])
 @pytest.mark.parametrize("tile", [(4, 4, 8), (4, 8, 8), (3, 5, 2)], ids=str)
 def test_other_tiles(tile, path, device):
