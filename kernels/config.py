@@ -335,11 +335,13 @@ def _why_not_shaped(
     return ""
 
 
-def _plan_all(operands: tuple[tuple[Tensor, Triple, Triple], ...]) -> tuple[BoxPlan, ...] | str:
-    """How the kernels for Hopper read (tensor, grid, tile), or why one of them cannot be read by boxes."""
+def _plan_all(
+    operands: tuple[tuple[Tensor, Triple, Triple], ...], block: int = GLUON_ROWS
+) -> tuple[BoxPlan, ...] | str:
+    """How the kernels for Hopper read (tensor, grid, tile), or why one of them cannot be read by boxes of `block`."""
     plans = []
     for x, grid, tile in operands:
-        plan = plan_boxes(x, grid, tile, "raster", GLUON_ROWS)
+        plan = plan_boxes(x, grid, tile, "raster", block)
         if isinstance(plan, str):
             return plan
         plans.append(plan)
@@ -359,7 +361,10 @@ def plan_gluon(
 ) -> tuple[BoxPlan, ...] | str:
     """How the forward kernel for Hopper reads q, k and v, or the reason why it does not take the call."""
     why_not = _why_not_shaped(q, ((1, 1, 1), grid_k), tile_q, tile_k, scale, layout)
-    return why_not or _plan_all(((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k)))
+    # Tiles of 128 are read whole: one product of 128 keys takes 3% less time than two of 64.
+    whole = volume(tile_q) == 2 * GLUON_ROWS and volume(tile_k) % (2 * GLUON_ROWS) == 0
+    operands = ((q, grid_q, tile_q), (k, grid_k, tile_k), (v, grid_k, tile_k))
+    return why_not or _plan_all(operands, 2 * GLUON_ROWS if whole else GLUON_ROWS)
 
 
 def plan_gluon_backward(

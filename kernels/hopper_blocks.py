@@ -40,7 +40,7 @@ def unpack(block):
 
 @gluon.jit
 def load_box(box, batch, head, heads, frames, t, h, w, bar, slot, ACCESS: gl.constexpr):
-    """Bring the 64 tokens of the box at (t, h, w) into `slot` [64, D]."""
+    """Bring the tokens of the box at (t, h, w) into `slot` [tokens, D]."""
     target = slot.reshape(box.block_type.shape)
     if ACCESS == _BOX_MERGED:
         _copy(box, [(batch * heads + head) * frames + t, h, w, 0], bar, target)
@@ -112,7 +112,7 @@ def hide(scores, block, frames, grid_h, grid_w, S: gl.constexpr, BOX_H: gl.const
 
 @gluon.jit
 def _hide_columns(scores, block, frames, grid_h, grid_w, S: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr):
-    column = gl.arange(0, ROWS, gl.SliceLayout(0, S))
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, S))
     t, h, w = unpack(block)
     valid = (
         (t + column // (BOX_H * BOX_W) < frames)

@@ -2,7 +2,8 @@
 
 One persistent program per multiprocessor walks over groups of two query blocks of 64 rows. A consumer of four warps
 attends for each block; one warp loads keys and one loads values, 128 of them at a time, into rings of slots in shared
-memory. Blocks that both consumers want are loaded once (`share.share_lists`), then come those of each alone, in turn.
+memory: two blocks of 64, or one of 128 where query and key tiles are large enough (not `PAIRED`). Blocks that both
+consumers want are loaded once (`share.share_lists`), then come those of each alone, in turn.
 
 Barriers. A slot has one `empty` barrier of two arrivals: both consumers', or, where the fill is for one consumer, the
 loader arrives for the other. It has three `full` barriers: fills for both, for the first, for the second. A consumer
@@ -11,6 +12,8 @@ mistake a later fill for the one that it waits for, however far the other consum
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -52,19 +55,23 @@ SLOTS = {2: (4, 3), 1: (3, 4)}
 @gluon.jit
 def _fill(
     box, batch, head, heads, frames, first, second, ring, full, empty, position,
-    kind: gl.constexpr, SLOTS: gl.constexpr, ACCESS: gl.constexpr,
+    kind: gl.constexpr, SLOTS: gl.constexpr, ACCESS: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Fill the slot of a ring position with two key blocks. `kind`: 0 for both consumers, 1 or 2 for one of them."""
+    """Fill the slot of a ring position with a step's keys. `kind`: 0 for both consumers, 1 or 2 for one of them."""
     slot = position % SLOTS
     mbarrier.wait(empty.index(slot), ((position // SLOTS) & 1) ^ 1)
     if kind != 0:
         mbarrier.arrive(empty.index(slot), count=1)
     bar = full.index(kind * SLOTS + slot)
-    mbarrier.expect(bar, 2 * box.block_type.nbytes)
     t, h, w = unpack(first)
-    load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot), ACCESS)
-    t, h, w = unpack(second)
-    load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot + 1), ACCESS)
+    if PAIRED:
+        mbarrier.expect(bar, 2 * box.block_type.nbytes)
+        load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot), ACCESS)
+        t, h, w = unpack(second)
+        load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(2 * slot + 1), ACCESS)
+    else:
+        mbarrier.expect(bar, box.block_type.nbytes)
+        load_box(box, batch, head, heads, frames, t, h, w, bar, ring.index(slot), ACCESS)
 
 
 @gluon.jit
@@ -72,7 +79,7 @@ def _loader(
     box, q_box, ring, full, empty, programs, plans,
     heads, group_size, frames, frames_q, tiles_q, grid_h, grid_w, groups, groups_per_head, length,
     QUERIES: gl.constexpr, SLOTS: gl.constexpr, ACCESS: gl.constexpr, ACCESS_Q: gl.constexpr,
-    TILE_T: gl.constexpr, TILE_H: gl.constexpr, TILE_W: gl.constexpr, TILES: gl.constexpr,
+    TILE_T: gl.constexpr, TILE_H: gl.constexpr, TILE_W: gl.constexpr, TILES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Fill one ring for all groups of this program; with QUERIES the two query blocks come first."""
     position = 0
@@ -92,32 +99,29 @@ def _loader(
         if QUERIES:
             slot = position % SLOTS
             mbarrier.wait(empty.index(slot), ((position // SLOTS) & 1) ^ 1)
-            mbarrier.expect(full.index(slot), 2 * q_box.block_type.nbytes)
-            for part in gl.static_range(2):
+            bar = full.index(slot)
+            if PAIRED:
+                mbarrier.expect(bar, 2 * q_box.block_type.nbytes)
+                for part in gl.static_range(2):
+                    t, h, w = block_origin(
+                        index % groups_per_head, part, tiles_q, grid_h, grid_w, TILE_T, TILE_H, TILE_W, TILES
+                    )
+                    load_box(q_box, batch, head, heads, frames_q, t, h, w, bar, ring.index(2 * slot + part), ACCESS_Q)
+            else:
+                mbarrier.expect(bar, q_box.block_type.nbytes)
                 t, h, w = block_origin(
-                    index % groups_per_head, part, tiles_q, grid_h, grid_w, TILE_T, TILE_H, TILE_W, TILES
+                    index % groups_per_head, 0, tiles_q, grid_h, grid_w, TILE_T, TILE_H, TILE_W, TILES
                 )
-                load_box(
-                    q_box,
-                    batch,
-                    head,
-                    heads,
-                    frames_q,
-                    t,
-                    h,
-                    w,
-                    full.index(slot),
-                    ring.index(2 * slot + part),
-                    ACCESS_Q,
-                )  # fmt: skip
+                load_box(q_box, batch, head, heads, frames_q, t, h, w, bar, ring.index(slot), ACCESS_Q)
             position += 1
         if TILES == 1:
+            WIDTH: gl.constexpr = 2 if PAIRED else 1  # blocks of a step
             for step in range(common):
-                next_first = gl.load(blocks + 2 * step + 2)
-                next_second = gl.load(blocks + 2 * step + 3)
+                next_first = gl.load(blocks + WIDTH * (step + 1))
+                next_second = gl.load(blocks + WIDTH * (step + 1) + 1)
                 _fill(
                     box, batch, head_kv, heads_kv, frames, first, second,
-                    ring, full, empty, position, 0, SLOTS, ACCESS,
+                    ring, full, empty, position, 0, SLOTS, ACCESS, PAIRED,
                 )  # fmt: skip
                 position += 1
                 first = next_first
@@ -139,7 +143,7 @@ def _loader(
                     next_second = gl.load(blocks + 3)
                     _fill(
                         box, batch, head_kv, heads_kv, frames, first, second,
-                        ring, full, empty, position, 0, SLOTS, ACCESS,
+                        ring, full, empty, position, 0, SLOTS, ACCESS, PAIRED,
                     )  # fmt: skip
                     position += 1
                     first = next_first
@@ -148,11 +152,11 @@ def _loader(
                 if turn < rounds:
                     _fill(
                         box, batch, head_kv, heads_kv, frames, first_0, second_0,
-                        ring, full, empty, position, 1, SLOTS, ACCESS,
+                        ring, full, empty, position, 1, SLOTS, ACCESS, PAIRED,
                     )  # fmt: skip
                     _fill(
                         box, batch, head_kv, heads_kv, frames, first_1, second_1,
-                        ring, full, empty, position + 1, 2, SLOTS, ACCESS,
+                        ring, full, empty, position + 1, 2, SLOTS, ACCESS, PAIRED,
                     )  # fmt: skip
                     position += 2
                     mine += 2
@@ -160,14 +164,14 @@ def _loader(
             for _ in range(rounds, alone_0):
                 _fill(
                     box, batch, head_kv, heads_kv, frames, gl.load(mine), gl.load(mine + 1),
-                    ring, full, empty, position, 1, SLOTS, ACCESS,
+                    ring, full, empty, position, 1, SLOTS, ACCESS, PAIRED,
                 )  # fmt: skip
                 position += 1
                 mine += 2
             for _ in range(rounds, alone_1):
                 _fill(
                     box, batch, head_kv, heads_kv, frames, gl.load(other), gl.load(other + 1),
-                    ring, full, empty, position, 2, SLOTS, ACCESS,
+                    ring, full, empty, position, 2, SLOTS, ACCESS, PAIRED,
                 )  # fmt: skip
                 position += 1
                 other += 2
@@ -203,34 +207,75 @@ def _bar(position, alone, phases, part: gl.constexpr, SLOTS: gl.constexpr):
     return slot, bar, (phases >> bar) & 1, phases ^ (1 << bar)
 
 
+# What follows takes a step's scores or weights as a left and a right half; where a step is one block, `left` is all of
+# it and `right` another name for it.
+
+
 @gluon.jit
-def _scores(q, ring, full, slot, bar, phase, S: gl.constexpr):
-    """Start the two products of queries and keys."""
+def _scores(q, ring, full, slot, bar, phase, S: gl.constexpr, PAIRED: gl.constexpr):
+    """Start the products of queries and keys."""
     mbarrier.wait(full.index(bar), phase)
-    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
-    left = warpgroup_mma(q, ring.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    right = warpgroup_mma(q, ring.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if PAIRED:
+        zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+        left = warpgroup_mma(q, ring.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        right = warpgroup_mma(q, ring.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+    else:
+        zero = gl.zeros([ROWS, 2 * ROWS], gl.float32, S)
+        left = warpgroup_mma(q, ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        right = left
     return left, right
 
 
 @gluon.jit
-def _values(p_left, p_right, acc, ring, slot):
-    """Start the two products of weights and values."""
-    acc = warpgroup_mma(p_left, ring.index(2 * slot), acc, is_async=True)
-    return warpgroup_mma(p_right, ring.index(2 * slot + 1), acc, is_async=True)
+def _values(p_left, p_right, acc, ring, slot, PAIRED: gl.constexpr):
+    """Start the products of weights and values."""
+    if PAIRED:
+        acc = warpgroup_mma(p_left, ring.index(2 * slot), acc, is_async=True)
+        acc = warpgroup_mma(p_right, ring.index(2 * slot + 1), acc, is_async=True)
+    else:
+        acc = warpgroup_mma(p_left, ring.index(slot), acc, is_async=True)
+    return acc
 
 
 @gluon.jit
-def _softmax(left, right, best, scale_log2, drop):
+def _await_scores(left, right, steps_after: gl.constexpr, PAIRED: gl.constexpr):
+    """Wait for the products of `_scores`, but not for those of the `_values` that were started after them."""
+    if PAIRED:
+        left, right = warpgroup_mma_wait(2 * steps_after, [left, right])
+    else:
+        left = warpgroup_mma_wait(steps_after, [left])
+        right = left
+    return left, right
+
+
+@gluon.jit
+def _await_values(product, total, p_left, p_right, PAIRED: gl.constexpr):
+    """Wait for the products of `_values`. The other operands hold the compiler back, see `_consumer`."""
+    if PAIRED:
+        acc, total, p_left, p_right = warpgroup_mma_wait(0, [product, total, p_left, p_right])
+    else:
+        acc, total, p_left = warpgroup_mma_wait(0, [product, total, p_left])
+        p_right = p_left
+    return acc, total, p_left, p_right
+
+
+@gluon.jit
+def _softmax(left, right, best, scale_log2, drop, PAIRED: gl.constexpr):
     """(weights, their row sums, the new best, the factor for what was summed before); logits in base 2.
 
     `drop` is +inf where the right block only fills up the step (it then is the left one once more), else 0.
     """
-    highest = gl.maximum(best, gl.max(gl.maximum(left, right), 1) * scale_log2)
+    highest = gl.max(gl.maximum(left, right) if PAIRED else left, 1)
+    highest = gl.maximum(best, highest * scale_log2)
     shift = gl.where(highest == float("-inf"), 0.0, highest)  # -inf minus -inf is NaN
     left = gl.exp2(left * scale_log2 - shift[:, None])
-    right = gl.exp2(right * scale_log2 - (shift + drop)[:, None])
-    return left, right, gl.sum(left + right, 1), highest, gl.exp2(best - shift)
+    if PAIRED:
+        right = gl.exp2(right * scale_log2 - (shift + drop)[:, None])
+        sums = gl.sum(left + right, 1)
+    else:
+        right = left
+        sums = gl.sum(left, 1)
+    return left, right, sums, highest, gl.exp2(best - shift)
 
 
 @gluon.jit
@@ -241,15 +286,16 @@ def _consumer(
     part: gl.constexpr, HEAD_DIM: gl.constexpr, SLOTS_K: gl.constexpr, SLOTS_V: gl.constexpr,
     TILE_T: gl.constexpr, TILE_H: gl.constexpr, TILE_W: gl.constexpr, TILES: gl.constexpr,
     BOX_Q_H: gl.constexpr, BOX_Q_W: gl.constexpr, BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr,
-    MASK_K: gl.constexpr,
+    MASK_K: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Attend for one of the two query blocks of each group."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS if PAIRED else 2 * ROWS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])  # noqa: E741
     Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O)
+    WIDTH: gl.constexpr = 2 if PAIRED else 1  # blocks of a step
     dtype: gl.constexpr = k_ring.dtype
     position_k = 0
     position_v = 0
@@ -282,24 +328,28 @@ def _consumer(
         if steps == 0:
             mbarrier.arrive(k_empty.index(slot_q), count=1)
         else:
-            q = k_ring.index(2 * slot_q + part).load(Q)
+            if PAIRED:
+                q = k_ring.index(2 * slot_q + part).load(Q)
+            else:
+                q = k_ring.index(slot_q).slice(part * ROWS, ROWS).load(Q)
             fill, own, place, turn, since = _next(0, 0, 0, 0, common, rounds, stride, part)
             slot, bar, phase, phases_k = _bar(position_k + fill, own, phases_k, part, SLOTS_K)
-            left, right = _scores(q, k_ring, k_full, slot, bar, phase, S)
-            left, right = warpgroup_mma_wait(0, [left, right])
+            left, right = _scores(q, k_ring, k_full, slot, bar, phase, S, PAIRED)
+            left, right = _await_scores(left, right, 0, PAIRED)
             # Only now have the queries surely arrived in registers: a barrier does not wait for loads, and the next
             # fill of their slot does not wait for them either.
             mbarrier.arrive(k_empty.index(slot_q), count=1)
             mbarrier.arrive(k_empty.index(slot), count=1)
             if MASK_K:
-                at = blocks + 2 * gl.where(own, common, 0)
+                at = blocks + WIDTH * gl.where(own, common, 0)
                 left = hide(left, gl.load(at), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
-                right = hide(right, gl.load(at + 1), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                if PAIRED:
+                    right = hide(right, gl.load(at + 1), frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
             if TILES == 2:
                 drop = gl.where(own & (last_alone == 0), float("inf"), 0.0)
             else:
                 drop = gl.where((odd == 1) & (steps == 1), float("inf"), 0.0)
-            left, right, total, best, _ = _softmax(left, right, best, scale_log2, drop)
+            left, right, total, best, _ = _softmax(left, right, best, scale_log2, drop, PAIRED)
             p_left = gl.convert_layout(left.to(dtype), P)
             p_right = gl.convert_layout(right.to(dtype), P)
             slot_v, bar, phase, phases_v = _bar(position_v + fill, own, phases_v, part, SLOTS_V)
@@ -310,21 +360,23 @@ def _consumer(
                 fill, own, place, turn, since = _next(step, place, turn, since, common, rounds, stride, part)
                 slot, bar, phase, phases_k = _bar(position_k + fill, own, phases_k, part, SLOTS_K)
                 if MASK_K:
-                    at = blocks + 2 * gl.where(own, common + had, step - had)
+                    at = blocks + WIDTH * gl.where(own, common + had, step - had)
                     block_left = gl.load(at)  # looked at only after the products
-                    block_right = gl.load(at + 1)
-                left, right = _scores(q, k_ring, k_full, slot, bar, phase, S)
-                product = _values(p_left, p_right, acc, v_ring, slot_v)
-                left, right = warpgroup_mma_wait(2, [left, right])
+                    if PAIRED:
+                        block_right = gl.load(at + 1)
+                left, right = _scores(q, k_ring, k_full, slot, bar, phase, S, PAIRED)
+                product = _values(p_left, p_right, acc, v_ring, slot_v, PAIRED)
+                left, right = _await_scores(left, right, 1, PAIRED)
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 if MASK_K:
                     left = hide(left, block_left, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
-                    right = hide(right, block_right, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
+                    if PAIRED:
+                        right = hide(right, block_right, frames_k, grid_h_k, grid_w_k, S, BOX_K_H, BOX_K_W)
                 if TILES == 2:
                     drop = gl.where(own & (had == last_alone), float("inf"), 0.0)
                 else:
                     drop = gl.where((odd == 1) & (step + 1 == steps), float("inf"), 0.0)
-                left, right, sums, best, decay = _softmax(left, right, best, scale_log2, drop)
+                left, right, sums, best, decay = _softmax(left, right, best, scale_log2, drop, PAIRED)
                 total = total * decay + sums
                 # The values of this step must be here before the next one starts. Waiting for them at this point keeps
                 # the compiler from moving the wait for the product, which follows, above the softmax; the sums, which
@@ -332,14 +384,14 @@ def _consumer(
                 # operands too: the product reads their registers until it is done.
                 next_v, bar, phase, phases_v = _bar(position_v + fill, own, phases_v, part, SLOTS_V)
                 mbarrier.wait(v_full.index(bar), phase)
-                acc, total, p_left, p_right = warpgroup_mma_wait(0, [product, total, p_left, p_right])
+                acc, total, p_left, p_right = _await_values(product, total, p_left, p_right, PAIRED)
                 mbarrier.arrive(v_empty.index(slot_v), count=1)
                 slot_v = next_v
                 acc = acc * gl.convert_layout(decay, ROW_O)[:, None]
                 p_left = gl.convert_layout(left.to(dtype), P)
                 p_right = gl.convert_layout(right.to(dtype), P)
-            product = _values(p_left, p_right, acc, v_ring, slot_v)
-            acc, p_left, p_right = warpgroup_mma_wait(0, [product, p_left, p_right])
+            product = _values(p_left, p_right, acc, v_ring, slot_v, PAIRED)
+            acc, total, p_left, p_right = _await_values(product, total, p_left, p_right, PAIRED)
             mbarrier.arrive(v_empty.index(slot_v), count=1)
         position_k += steps + other
         position_v += steps + other
@@ -374,13 +426,17 @@ def _attend_forward_hopper(
     HEAD_DIM: gl.constexpr, SLOTS_K: gl.constexpr, SLOTS_V: gl.constexpr,
     TILE_T: gl.constexpr, TILE_H: gl.constexpr, TILE_W: gl.constexpr, TILES: gl.constexpr,
     BOX_Q_H: gl.constexpr, BOX_Q_W: gl.constexpr, BOX_K_H: gl.constexpr, BOX_K_W: gl.constexpr, MASK_K: gl.constexpr,
-    ACCESS_Q: gl.constexpr, ACCESS_K: gl.constexpr, ACCESS_V: gl.constexpr,
+    PAIRED: gl.constexpr, ACCESS_Q: gl.constexpr, ACCESS_K: gl.constexpr, ACCESS_V: gl.constexpr,
     REGISTERS: gl.constexpr, REGISTERS_LOADER: gl.constexpr,
 ):  # fmt: skip
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    k_ring = gl.allocate_shared_memory(k_box.dtype, [2 * SLOTS_K, ROWS, HEAD_DIM], flat)
-    v_ring = gl.allocate_shared_memory(k_box.dtype, [2 * SLOTS_V, ROWS, HEAD_DIM], flat)
+    if PAIRED:
+        k_ring = gl.allocate_shared_memory(k_box.dtype, [2 * SLOTS_K, ROWS, HEAD_DIM], flat)
+        v_ring = gl.allocate_shared_memory(k_box.dtype, [2 * SLOTS_V, ROWS, HEAD_DIM], flat)
+    else:
+        k_ring = gl.allocate_shared_memory(k_box.dtype, [SLOTS_K, 2 * ROWS, HEAD_DIM], flat)
+        v_ring = gl.allocate_shared_memory(k_box.dtype, [SLOTS_V, 2 * ROWS, HEAD_DIM], flat)
     k_full = gl.allocate_shared_memory(gl.int64, [3 * SLOTS_K, 1], bars)
     v_full = gl.allocate_shared_memory(gl.int64, [3 * SLOTS_V, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS_K, 1], bars)
@@ -404,7 +460,7 @@ def _attend_forward_hopper(
                     heads, tiles_q, frames_q, grid_h_q, grid_w_q, frames_k, grid_h_k, grid_w_k,
                     stride_b, stride_h, stride_s, tokens_q, groups, groups_per_head, length,
                     0, HEAD_DIM, SLOTS_K, SLOTS_V, TILE_T, TILE_H, TILE_W, TILES,
-                    BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, MASK_K,
+                    BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, MASK_K, PAIRED,
                 ),
             ),
             (
@@ -414,7 +470,7 @@ def _attend_forward_hopper(
                     heads, tiles_q, frames_q, grid_h_q, grid_w_q, frames_k, grid_h_k, grid_w_k,
                     stride_b, stride_h, stride_s, tokens_q, groups, groups_per_head, length,
                     1, HEAD_DIM, SLOTS_K, SLOTS_V, TILE_T, TILE_H, TILE_W, TILES,
-                    BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, MASK_K,
+                    BOX_Q_H, BOX_Q_W, BOX_K_H, BOX_K_W, MASK_K, PAIRED,
                 ),
             ),
             (
@@ -423,7 +479,7 @@ def _attend_forward_hopper(
                     k_box, q_box, k_ring, k_full, k_empty, programs, plans,
                     heads, group_size, frames_k, frames_q, tiles_q, grid_h_q, grid_w_q,
                     groups, groups_per_head, length,
-                    True, SLOTS_K, ACCESS_K, ACCESS_Q, TILE_T, TILE_H, TILE_W, TILES,
+                    True, SLOTS_K, ACCESS_K, ACCESS_Q, TILE_T, TILE_H, TILE_W, TILES, PAIRED,
                 ),
             ),
             (
@@ -432,7 +488,7 @@ def _attend_forward_hopper(
                     v_box, q_box, v_ring, v_full, v_empty, programs, plans,
                     heads, group_size, frames_k, frames_q, tiles_q, grid_h_q, grid_w_q,
                     groups, groups_per_head, length,
-                    False, SLOTS_V, ACCESS_V, ACCESS_Q, TILE_T, TILE_H, TILE_W, TILES,
+                    False, SLOTS_V, ACCESS_V, ACCESS_Q, TILE_T, TILE_H, TILE_W, TILES, PAIRED,
                 ),
             ),
         ],
@@ -468,13 +524,15 @@ def attend_forward_hopper(
     out = empty_like_tokens(q)
     lse = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=q.device)
     tiles = 2 if config.volume(tile_q) == config.GLUON_ROWS else 1  # of a group
+    plan_q, plan_k, plan_v = plans
+    block_k = math.prod(plan_k.block[:-1])
+    paired = block_k == config.GLUON_ROWS
     blocks, steps = share_lists(
-        kv_num_blocks.contiguous(), kv_indices.contiguous(), grid_k, tile_k, config.GLUON_ROWS, tiles
+        kv_num_blocks.contiguous(), kv_indices.contiguous(), grid_k, tile_k, block_k, tiles, 2 if paired else 1
     )
     groups = steps.shape[0]
     if not groups:
         return out, lse
-    plan_q, plan_k, plan_v = plans
     slots_k, slots_v = slots or SLOTS[tiles]
     tiles_q = config.num_tiles(grid_q, tile_q)
     _attend_forward_hopper[(min(groups, programs or processors(q.device.index)),)](
@@ -484,7 +542,7 @@ def attend_forward_hopper(
         HEAD_DIM=head_dim, SLOTS_K=slots_k, SLOTS_V=slots_v,
         TILE_T=tile_q[0], TILE_H=tile_q[1], TILE_W=tile_q[2], TILES=tiles,
         BOX_Q_H=plan_q.block[-3], BOX_Q_W=plan_q.block[-2], BOX_K_H=plan_k.block[-3], BOX_K_W=plan_k.block[-2],
-        MASK_K=not config.divides(grid_k, tile_k),
+        MASK_K=not config.divides(grid_k, tile_k), PAIRED=paired,
         ACCESS_Q=plan_q.access, ACCESS_K=plan_k.access, ACCESS_V=plan_v.access,
         REGISTERS=CONSUMER_REGISTERS, REGISTERS_LOADER=LOADER_REGISTERS,
         num_warps=4, maxnreg=config.GLUON_LAUNCH.max_registers,

@@ -115,15 +115,14 @@ def compile_all(
     tail = (grid, tile, grid, tile, head_dim**-0.5, layout)
     out, lse = attend_forward(q, q, q, counts, lists, *tail, path=path)
     plans = config.plan_gluon(q, q, q, *tail)
+    plans_backward = config.plan_gluon_backward(q, q, q, out, *tail)
     if capability() != 90:
         share_lists(counts, lists, grid, tile, 64, 2)
-    elif path is None and not isinstance(plans, str):
+    elif path is None and not isinstance(plans, str) and not isinstance(plans_backward, str):
         scorer = Scorer(pooled, pooled, config.row_layout(tiles), launch=config.HOPPER_SCORE)
         scorer(torch.empty(heads * tiles * scorer.layout.width, device="meta"), 0, heads, 0, tiles)
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)
-    plans = config.plan_gluon_backward(q, q, q, out, *tail)
-    if path is None and not isinstance(plans, str):
-        attend_backward_hopper(out, None, q, q, q, out, lse, counts, lists, *tail[:5], plans, programs=132)
+        attend_backward_hopper(out, None, q, q, q, out, lse, counts, lists, *tail[:5], plans_backward, programs=132)
     attend_backward(out, None, q, q, q, out, lse, counts, lists, *tail, path=path)
     return {name: resources(kernel) for name, kernel in compiled}
 
