@@ -246,7 +246,7 @@ def pool_launch(positions: int, row_bytes: int) -> tuple[int, int]:
 
 def score_launch(head_dim: int, device: torch.device) -> ScoreLaunch:
     """Preset of the score kernel."""
-    if device.type == "cuda" and 64 < head_dim <= 128 and not _why_no_gluon(device.index):
+    if device.type == "cuda" and 64 < head_dim <= 128 and not _why_no_gluon(device):
         return HOPPER_SCORE
     if has_boxes(device) and head_dim <= 128:
         # H100, triton 3.6, 8 x 1320 x 1320, head_dim 128: 52 us; two stages leave room for one program only, 62.

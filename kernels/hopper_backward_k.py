@@ -110,32 +110,6 @@ def _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS: gl.constexpr):
 
 
 @gluon.jit
-def _read_plan(plan, part: gl.constexpr):
-    """Blocks of both, of this consumer alone, of the other alone."""
-    return gl.load(plan), gl.load(plan + 1 + part), gl.load(plan + 2 - part)
-
-
-@gluon.jit
-def _next_list(step, steps, at, common, both, other, plan, groups_per_head, part: gl.constexpr):
-    """Where a list is through, go on to that of the next head which has a step.
-
-    Args:
-        step: Of the consumer in the list, which has `steps`.
-        at: Ring position of the list's first block; common, both: as in `acquire`.
-        other: Blocks of the list that are the other consumer's alone.
-        plan: Of the head that follows.
-    """
-    while step == steps:
-        at += steps + other
-        common, alone, other = _read_plan(plan, part)
-        both = gl.minimum(alone, other)
-        steps = common + alone
-        step = 0
-        plan += groups_per_head * 4
-    return step, steps, at, common, both, other, plan
-
-
-@gluon.jit
 def _consume(
     k_own, v_own, own_full, own_empty, a_ring, b_ring, statistics_ring, full, empty,
     plans, dk_ptr, dv_ptr, scale, groups, groups_per_head, tiles_k, heads_kv, grid_k,
@@ -160,55 +134,35 @@ def _consume(
         dk = gl.zeros([ROWS, WIDTH], gl.float32, RESULT)
         dv = gl.zeros([ROWS, WIDTH], gl.float32, RESULT)
         zero = gl.zeros([ROWS, ROWS], gl.float32, S)
-        plan = plans + (pair * MEMBERS * groups_per_head + group) * 4
-        at = start
-        step = 0
-        if MEMBERS == 1:
-            common, alone, other = _read_plan(plan, part)
+        for member in range(MEMBERS):
+            plan = plans + ((pair * MEMBERS + member) * groups_per_head + group) * 4
+            common = gl.load(plan)
+            alone = gl.load(plan + 1 + part)
+            other = gl.load(plan + 2 - part)
             both = gl.minimum(alone, other)
             steps = common + alone
-            total = steps
-            start += steps + other
-        else:
-            total = 0
-            for member in range(MEMBERS):
-                common, alone, other = _read_plan(plan + member * groups_per_head * 4, part)
-                total += common + alone
-                start += common + alone + other
-            steps = 0
-            common = 0
-            both = 0
-            other = 0
-        # The dk product of a step runs before the scores of the next one, its dv product with its own dS.
-        if total > 0:
-            if MEMBERS > 1:
-                step, steps, at, common, both, other, plan = _next_list(
-                    step, steps, at, common, both, other, plan, groups_per_head, part
-                )
-            slot, phases = acquire(step, at, common, both, phases, full, part, STAGES)
-            s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
-            s = warpgroup_mma_wait(1, [s])
-            ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
-            for _ in range(1, total):
-                step += 1
-                if MEMBERS > 1:
-                    step, steps, at, common, both, other, plan = _next_list(
-                        step, steps, at, common, both, other, plan, groups_per_head, part
-                    )
-                before = slot
-                slot, phases = acquire(step, at, common, both, phases, full, part, STAGES)
-                left = gl.convert_layout(ds, WEIGHTS)
-                product = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
+            # The dk product of a step runs before the scores of the next one, its dv product with its own dS.
+            if steps > 0:
+                slot, phases = acquire(0, start, common, both, phases, full, part, STAGES)
                 s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
-                s, dk, left = warpgroup_mma_wait(1, [s, product, left])
+                s = warpgroup_mma_wait(1, [s])
                 ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
-                # An arrival makes Triton put a barrier of the warpgroup before itself and before whatever touches
-                # shared memory next: one of each in a step.
-                mbarrier.arrive(empty.index(before), count=1)
-            left = gl.convert_layout(ds, WEIGHTS)
-            product = warpgroup_mma(left, a_ring.index(slot), dk, is_async=True)
-            dk, left = warpgroup_mma_wait(0, [product, left])
-            mbarrier.arrive(empty.index(slot), count=1)
+                for step in range(1, steps):
+                    before = slot
+                    slot, phases = acquire(step, start, common, both, phases, full, part, STAGES)
+                    left = gl.convert_layout(ds, WEIGHTS)
+                    product = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
+                    s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
+                    s, dk, left = warpgroup_mma_wait(1, [s, product, left])
+                    ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
+                    # An arrival makes Triton put a barrier of the warpgroup before itself and before whatever touches
+                    # shared memory next: one of each in a step.
+                    mbarrier.arrive(empty.index(before), count=1)
+                left = gl.convert_layout(ds, WEIGHTS)
+                product = warpgroup_mma(left, a_ring.index(slot), dk, is_async=True)
+                dk, left = warpgroup_mma_wait(0, [product, left])
+                mbarrier.arrive(empty.index(slot), count=1)
+            start += steps + other
         mbarrier.arrive(own_empty.index(part), count=1)
         t, h, w = block_origin(
             group, part, tiles_k, grid_k[1], grid_k[2], TILE_K[0], TILE_K[1], TILE_K[2], TILES
