@@ -23,7 +23,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import BoxPlan, Triple
 from bsa_compile.kernels.hopper_blocks import LOG2_E, ROWS, block_origin, describe, load_box, processors
-from bsa_compile.kernels.hopper_ring import BLOCK_BYTES, STATISTICS, WIDTH, acquire, fill_lists, init_ring, store_rows
+from bsa_compile.kernels.hopper_ring import (
+    BLOCK_BYTES,
+    STATISTICS,
+    WIDTH,
+    acquire,
+    fill_lists,
+    init_ring,
+    next_fill,
+    store_rows,
+)
 
 # Twelve warps start with 168 registers a thread; the consumers take from the loaders. With 232 ptxas runs one wgmma
 # after the other (C7512).
@@ -139,17 +148,20 @@ def _consume(
             common = gl.load(plan)
             alone = gl.load(plan + 1 + part)
             other = gl.load(plan + 2 - part)
-            both = gl.minimum(alone, other)
             steps = common + alone
+            rounds = gl.minimum(alone, other)
+            stride = common // (rounds + 1)
             # The dk product of a step runs before the scores of the next one, its dv product with its own dS.
             if steps > 0:
-                slot, phases = acquire(0, start, common, both, phases, full, part, STAGES)
+                at, single, place, turn, since = next_fill(0, 0, 0, 0, common, rounds, stride, part)
+                slot, phases = acquire(start + at, single, phases, full, part, STAGES)
                 s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)
                 s = warpgroup_mma_wait(1, [s])
                 ds, dv = _weigh(s, dp, dv, b_ring, slot, scale_log2, WEIGHTS)
                 for step in range(1, steps):
                     before = slot
-                    slot, phases = acquire(step, start, common, both, phases, full, part, STAGES)
+                    at, single, place, turn, since = next_fill(step, place, turn, since, common, rounds, stride, part)
+                    slot, phases = acquire(start + at, single, phases, full, part, STAGES)
                     left = gl.convert_layout(ds, WEIGHTS)
                     product = warpgroup_mma(left, a_ring.index(before), dk, is_async=True)
                     s, dp = _scores(k, v, a_ring, b_ring, statistics_ring, slot, zero)

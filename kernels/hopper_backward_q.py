@@ -22,7 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from bsa_compile.kernels import config
 from bsa_compile.kernels.config import BoxPlan, Triple
 from bsa_compile.kernels.hopper_blocks import LOG2_E, ROWS, block_origin, describe, hide, processors
-from bsa_compile.kernels.hopper_ring import STATISTICS, WIDTH, acquire, fill, fill_lists, init_ring, store_rows
+from bsa_compile.kernels.hopper_ring import (
+    STATISTICS,
+    WIDTH,
+    acquire,
+    fill,
+    fill_lists,
+    init_ring,
+    next_fill,
+    store_rows,
+)
 
 # Twelve warps start with 168 registers a thread; the consumers take from the loader.
 CONSUMER_REGISTERS = 240
@@ -83,8 +92,9 @@ def _consume(
         common = gl.load(plan)
         alone = gl.load(plan + 1 + part)
         other = gl.load(plan + 2 - part)
-        both = gl.minimum(alone, other)
         steps = common + alone
+        rounds = gl.minimum(alone, other)
+        stride = common // (rounds + 1)
         blocks = programs + gl.cast(index, gl.int64) * (TILES * length) + part * (TILES - 1) * length
         own_blocks = tiles_q * (2 // TILES)
         own = pair * own_blocks + gl.minimum(group * 2 + part, own_blocks - 1)
@@ -105,10 +115,15 @@ def _consume(
             q = a_ring.index(slot_q).load(LEFT)
             grad = b_ring.index(slot_q).load(LEFT)
             zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+            place = 0
+            turn = 0
+            since = 0
             for step in range(steps):
+                had = gl.where(step >= common + rounds, step - common, turn)
+                at, single, place, turn, since = next_fill(step, place, turn, since, common, rounds, stride, part)
                 if MASK_K:
-                    block = gl.load(blocks + step)
-                slot, phases = acquire(step, start, common, both, phases, full, part, STAGES)
+                    block = gl.load(blocks + gl.where(single, common + had, step - had))
+                slot, phases = acquire(start + at, single, phases, full, part, STAGES)
                 s = warpgroup_mma(q, a_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                 dp = warpgroup_mma(grad, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [s])

@@ -3,7 +3,7 @@
 One persistent program per multiprocessor walks over groups of two query blocks of 64 rows. A consumer of four warps
 attends for each block; one warp loads keys and one loads values, 128 of them at a time, into rings of slots in shared
 memory: two blocks of 64, or one of 128 where query and key tiles are large enough (not `PAIRED`). Blocks that both
-consumers want are loaded once (`share.share_lists`), then come those of each alone, in turn.
+consumers want are loaded once (`share.share_lists`), with those of each alone in between, see `hopper_ring`.
 
 Barriers. A slot has one `empty` barrier of two arrivals: both consumers', or, where the fill is for one consumer, the
 loader arrives for the other. It has three `full` barriers: fills for both, for the first, for the second. A consumer
@@ -40,6 +40,7 @@ from bsa_compile.kernels.hopper_blocks import (
     row_tokens,
     unpack,
 )
+from bsa_compile.kernels.hopper_ring import next_fill
 from bsa_compile.kernels.launch import empty_like_tokens
 from bsa_compile.kernels.share import share_lists
 
@@ -178,28 +179,6 @@ def _loader(
 
 
 @gluon.jit
-def _next(step, place, turn, since, common, rounds, stride, part: gl.constexpr):
-    """Where the fill for a consumer's step lies in its group's order, and what comes after.
-
-    Args:
-        step: Number of the step among the consumer's own.
-        place: First fill that the consumer has not passed.
-        turn: Blocks of its own that the consumer has had in rounds.
-        since: Shared steps since then.
-
-    Returns:
-        (the fill, whether it is the consumer's alone, place, turn, since) with the last three for the next step.
-    """
-    in_round = (turn < rounds) & (since == stride)
-    alone = in_round | (step >= common + rounds)
-    fill = place + gl.where(in_round, part, 0)
-    place += gl.where(in_round, 2, 1)
-    since = gl.where(in_round, 0, since + 1)
-    turn += gl.where(in_round, 1, 0)
-    return fill, alone, place, turn, since
-
-
-@gluon.jit
 def _bar(position, alone, phases, part: gl.constexpr, SLOTS: gl.constexpr):
     """(slot, number of the barrier that tells of its fill, phase to wait for, phases after)."""
     slot = position % SLOTS
@@ -332,7 +311,7 @@ def _consumer(
                 q = k_ring.index(2 * slot_q + part).load(Q)
             else:
                 q = k_ring.index(slot_q).slice(part * ROWS, ROWS).load(Q)
-            fill, own, place, turn, since = _next(0, 0, 0, 0, common, rounds, stride, part)
+            fill, own, place, turn, since = next_fill(0, 0, 0, 0, common, rounds, stride, part)
             slot, bar, phase, phases_k = _bar(position_k + fill, own, phases_k, part, SLOTS_K)
             left, right = _scores(q, k_ring, k_full, slot, bar, phase, S, PAIRED)
             left, right = _await_scores(left, right, 0, PAIRED)
@@ -357,7 +336,7 @@ def _consumer(
             for step in range(1, steps):
                 # The scores of this step, then the values of the one before: its product runs under the softmax.
                 had = gl.where(step >= common + rounds, step - common, turn)
-                fill, own, place, turn, since = _next(step, place, turn, since, common, rounds, stride, part)
+                fill, own, place, turn, since = next_fill(step, place, turn, since, common, rounds, stride, part)
                 slot, bar, phase, phases_k = _bar(position_k + fill, own, phases_k, part, SLOTS_K)
                 if MASK_K:
                     at = blocks + WIDTH * gl.where(own, common + had, step - had)

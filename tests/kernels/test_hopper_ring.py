@@ -1,7 +1,8 @@
 """The barrier protocol of `kernels/hopper_ring.py`, simulated: no deadlock, and every read finds the fill it expects.
 
 Roles are coroutines that yield wherever a GPU thread could be delayed; a scheduler steps a random one of them at a
-time, and a copy lands at a random later time. The arithmetic of slots, parities and fill order is that of the kernels.
+time, and a copy lands at a random later time. The arithmetic of slots, parities and fill order is that of the kernels;
+where a consumer looks for its blocks is computed by their `next_fill` itself.
 """
 
 from __future__ import annotations
@@ -9,11 +10,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from bsa_compile.kernels import hopper_ring
+
 ROUNDS = 60
+# The kernels' function, on Python's integers.
+next_fill: Callable[..., tuple[int, bool, int, int, int]] = FunctionType(
+    hopper_ring.next_fill.fn.__code__, {"gl": SimpleNamespace(where=lambda which, yes, no: yes if which else no)}
+)
 Role = Iterator[Callable[[], bool] | None]  # yields what it waits for
 
 
@@ -97,14 +107,22 @@ class Machine:
                 for which in (0, 1):
                     yield from self.fill(position, 1 + which, (number, which, "tile"))
                     position += 1
-            for i in range(group.common):
-                yield from self.fill(position, 0, (number, "common", i))
-                position += 1
-            for i in range(max(group.own)):
-                for which in (0, 1):
-                    if i < group.own[which]:
-                        yield from self.fill(position, 1 + which, (number, which, group.common + i))
+            rounds = min(group.own)
+            stride = group.common // (rounds + 1)
+            shared = 0
+            for turn in range(rounds + 1):
+                for _ in range(stride if turn < rounds else group.common - shared):
+                    yield from self.fill(position, 0, (number, "common", shared))
+                    position += 1
+                    shared += 1
+                if turn < rounds:
+                    for which in (0, 1):
+                        yield from self.fill(position, 1 + which, (number, which, group.common + turn))
                         position += 1
+            which = 0 if group.own[0] > rounds else 1
+            for i in range(rounds, max(group.own)):
+                yield from self.fill(position, 1 + which, (number, which, group.common + i))
+                position += 1
 
     def bring_tiles(self, which: int) -> Role:
         for number in range(len(self.groups)):
@@ -117,16 +135,18 @@ class Machine:
         start = uses = 0
         for number, group in enumerate(self.groups):
             common, own, other = group.common, group.own[which], group.own[1 - which]
-            both = min(own, other)
+            rounds = min(own, other)
+            stride = common // (rounds + 1)
+            place = turn = since = 0
 
             def wait(barrier: int) -> Role:
                 nonlocal uses
                 yield self.full[barrier].passed(uses >> barrier & 1)
                 uses ^= 1 << barrier
 
-            def check(slot: int, step: Any, number: int = number, common: int = common) -> None:
-                kind = "common" if step != "tile" and step < common else which
-                assert self.slots[slot] == (number, kind, step), (self.slots[slot], (number, kind, step))
+            def check(slot: int, block: Any, number: int = number, common: int = common) -> None:
+                kind = "common" if block != "tile" and block < common else which
+                assert self.slots[slot] == (number, kind, block), (self.slots[slot], (number, kind, block))
                 self.reads += 1
 
             if self.through_ring:
@@ -143,11 +163,13 @@ class Machine:
                 assert self.tiles[which] == (number, which)
             held: list[tuple[int, int]] = []
             for step in range(common + own):
-                position = start + step + max(min(step - common + which, both), 0)
-                slot = position % self.stages
-                yield from wait(slot + (0 if step < common else (1 + which) * self.stages))
-                check(slot, step)
-                held.append((slot, step))
+                had = step - common if step >= common + rounds else turn
+                at, single, place, turn, since = next_fill(step, place, turn, since, common, rounds, stride, which)
+                block = common + had if single else step - had  # of the consumer's load program
+                slot = (start + at) % self.stages
+                yield from wait(slot + ((1 + which) * self.stages if single else 0))
+                check(slot, block)
+                held.append((slot, block))
                 yield None
                 while len(held) > (0 if self.through_ring else 1):
                     check(*held[0])
@@ -161,8 +183,8 @@ class Machine:
             if not self.through_ring:
                 assert self.tiles[which] == (number, which)
                 self.own_empty[which].arrive()
-            for slot, step in held:
-                check(slot, step)
+            for slot, block in held:
+                check(slot, block)
                 self.empty[slot].arrive()
                 yield None
             start += common + own + other
