@@ -67,7 +67,7 @@ def _split(
         valid = target < rows_q
     else:
         x_ptr = k_ptr
-        row = target - blocks_q.to(tl.int64) * ROWS
+        row = target - blocks_q * ROWS
         position = row % width
         if QUADS:
             position = quad_position(position)

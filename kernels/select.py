@@ -327,7 +327,7 @@ def _list_with_ties(row_ptr, low, high, ties, list_ptr, segments, GROUPS: tl.con
         ties -= tl.sum(taken, 0)
 
 
-@triton.jit(do_not_specialize=["first_list", "first_row", "count", "mass"])
+@triton.jit(do_not_specialize=["first_list", "first_row", "tiles_k", "count", "mass"])
 def _choose(
     scores_ptr,
     counts_ptr,

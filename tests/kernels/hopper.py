@@ -137,6 +137,9 @@ PRODUCTION: dict[str, dict[str, Any]] = {
     "24x44x80, 128": {"grid": (24, 44, 80), "tile": (4, 4, 8)},
     "24x44x80 by pointers": {"grid": (24, 44, 80), "tile": (4, 4, 4), "path": "pointer"},
     "24x44x80, mass": {"grid": (24, 44, 80), "tile": (4, 4, 4), "cdf": 0.5},
+    # Triton makes a constant of an argument that is 1, which is no tensor then.
+    "one tile": {"grid": (4, 4, 4), "tile": (4, 4, 4)},
+    "one tile, mass": {"grid": (4, 4, 4), "tile": (4, 4, 4), "cdf": 0.5},
 }
 ELSEWHERE: dict[str, dict[str, Any]] = {
     "24x44x80": {"grid": (24, 44, 80), "tile": (4, 4, 4)},

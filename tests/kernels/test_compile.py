@@ -75,7 +75,7 @@ def test_production_kernels_do_not_spill(resources):
 
 @pytest.mark.slow
 def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
-    for case in resources.keys() - {"24x44x80, mass"}:
+    for case in (case for case in resources if not case.endswith("mass")):
         kernels = resources[case]
         for name in ("_attend_forward", "backward_q_kernel", "backward_k_kernel"):
             assert kernels[name]["wgmma"] > 0, (case, name)
