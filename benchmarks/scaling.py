@@ -53,8 +53,8 @@ def main() -> None:
         row["share"] = shared_fraction(*lists, grid, TILE)
         rows.append(row)
         print(
-            f"{'x'.join(map(str, grid)):>9} {tokens:8,} tokens, {keep} tiles kept, neighbours share {row['share']:.0%}: "
-            f"{ms:7.3f} ms, {row['ns_per_token']:.1f} ns a token"
+            f"{'x'.join(map(str, grid)):>9} {tokens:8,} tokens, {keep} tiles kept, neighbours share "
+            f"{row['share']:.0%}: {ms:7.3f} ms, {row['ns_per_token']:.1f} ns a token"
         )
     if options.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -16,9 +16,6 @@ from bsa_compile.kernels.share import share_lists, share_transposed
 from bsa_compile.kernels.tiles import head_pointer, load_rows, tile_tokens
 from bsa_compile.kernels.transpose import transpose_selection
 
-# Whether neighbouring key tiles load a query block that both lists name once.
-SHARE_QUERIES = True
-
 
 @triton.jit
 def row_statistics_kernel(
@@ -126,6 +123,6 @@ def attend_backward_hopper(
 
     offsets, indices = transpose_selection(kv_num_blocks, kv_indices, config.num_tiles(grid_k, tile_k))
     members = 2 * rows // config.volume(tile_k)
-    lists = share_transposed(offsets, indices, grid_q, tile_q, rows, members, SHARE_QUERIES)
+    lists = share_transposed(offsets, indices, grid_q, tile_q, rows, members)
     backward_k(q, k, v, grad_out, statistics, lists, offsets, dk, dv, *tail)
     return dq, dk, dv

@@ -83,7 +83,6 @@ def _share(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     CSR: tl.constexpr,
-    TOGETHER: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     BITS: tl.constexpr,
@@ -115,13 +114,12 @@ def _share(
         list_b = lists_ptr + begin_b
         program_b = programs_ptr + begin_b * SPLIT if CSR else program_a + length
         shared = 0
-        if TOGETHER:
-            for start in range(0, count_a, BLOCK):
-                inside = start + lane < count_a
-                tile = tl.load(list_a + start + lane, mask=inside, other=0)
-                shared += tl.sum((_position_in(list_b, count_b, tile, inside, BITS) & inside).to(tl.int32))
-            if SPLIT % STEP != 0:
-                shared = shared // 2 * 2  # a step takes two blocks; both tiles load the last one themselves
+        for start in range(0, count_a, BLOCK):
+            inside = start + lane < count_a
+            tile = tl.load(list_a + start + lane, mask=inside, other=0)
+            shared += tl.sum((_position_in(list_b, count_b, tile, inside, BITS) & inside).to(tl.int32))
+        if SPLIT % STEP != 0:
+            shared = shared // 2 * 2  # a step takes two blocks; both tiles load the last one themselves
         common = shared * SPLIT
         for side in tl.static_range(2):
             mine = list_a if side == 0 else list_b
@@ -133,14 +131,12 @@ def _share(
             for start in range(0, count_mine, BLOCK):
                 inside = start + lane < count_mine
                 tile = tl.load(mine + start + lane, mask=inside, other=0)
-                slot = start + lane
-                if TOGETHER:
-                    both = (_position_in(other, count_other, tile, inside, BITS) & inside).to(tl.int32)
-                    rank = seen + tl.cumsum(both, 0) - both
-                    both = tl.where(rank < shared, both, 0)
-                    before = tl.minimum(rank, shared)  # shared tiles that stand before this one in the list
-                    slot = tl.where(both == 1, rank, shared + (start + lane - before))
-                    seen += tl.sum(both)
+                both = (_position_in(other, count_other, tile, inside, BITS) & inside).to(tl.int32)
+                rank = seen + tl.cumsum(both, 0) - both
+                both = tl.where(rank < shared, both, 0)
+                before = tl.minimum(rank, shared)  # shared tiles that stand before this one in the list
+                slot = tl.where(both == 1, rank, shared + (start + lane - before))
+                seen += tl.sum(both)
                 _write_blocks(program, slot, tile, inside, grid, TILE, BLOCK_K, SPLIT)
             if SPLIT % STEP != 0:
                 # An odd end is filled with a block that the kernel loads and masks.
@@ -186,7 +182,7 @@ def share_lists(
     if groups:
         _share[(groups,)](
             kv_num_blocks, kv_indices, programs, plans, tiles_q, groups_per_head, capacity, length, tuple(grid_k),
-            TILE=tuple(tile_k), ROWS=rows, STEP=step, CSR=False, TOGETHER=True, BLOCK_K=block_k, SPLIT=split,
+            TILE=tuple(tile_k), ROWS=rows, STEP=step, CSR=False, BLOCK_K=block_k, SPLIT=split,
             BITS=max(1, capacity.bit_length()), BLOCK=max(16, min(1024, config.next_power_of_two(capacity))),
             num_warps=1 if capacity <= 256 else 4,
         )  # fmt: skip
@@ -200,7 +196,6 @@ def share_transposed(
     tile_q: Triple,
     block_q: int,
     rows: int,
-    together: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Load programs of groups of key tiles, from the lists of `transpose_selection`; a step takes one block.
 
@@ -209,7 +204,6 @@ def share_transposed(
         q_indices: [B, H, L]: the query tiles of key tile j are q_indices[b, h, q_offsets[b, h, j] : ..[j + 1]].
         block_q: Queries of a block; the volume of `tile_q` is a multiple of it.
         rows: Key tiles of a group, 2 or 1.
-        together: Whether what both lists name is to be loaded once.
 
     Returns:
         programs [B, H, L * split] int32 with blocks as in `share_lists`, `split` of them a tile: that of key tile
@@ -227,7 +221,7 @@ def share_transposed(
         usual = capacity // tiles_k  # at most, on average
         _share[(groups,)](
             q_offsets, q_indices, programs, plans, tiles_k, groups_per_head, capacity, 0, tuple(grid_q),
-            TILE=tuple(tile_q), ROWS=rows, STEP=1, CSR=True, TOGETHER=together, BLOCK_K=block_q, SPLIT=split,
+            TILE=tuple(tile_q), ROWS=rows, STEP=1, CSR=True, BLOCK_K=block_q, SPLIT=split,
             BITS=config.num_tiles(grid_q, tile_q).bit_length(),
             BLOCK=max(16, min(1024, config.next_power_of_two(usual))), num_warps=1 if usual <= 256 else 4,
         )  # fmt: skip

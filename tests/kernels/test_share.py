@@ -102,15 +102,14 @@ def test_programs_hold_the_lists(grid, tile, rows, step, tiles_q, density, seed,
     rows=st.sampled_from([1, 2]),
     tiles_k=st.integers(1, 5),
     density=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
-    together=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_transposed_programs_hold_the_lists(grid, tile, rows, tiles_k, density, together, seed, device):
+def test_transposed_programs_hold_the_lists(grid, tile, rows, tiles_k, density, seed, device):
     block, heads = 8, 2
     tiles_q = config.num_tiles(grid, tile)
     counts, lists = draw_lists(tiles_q, tiles_k, heads, seed, density)
     offsets, indices = transpose_selection(counts.to(device), lists.to(device), tiles_k)
-    programs, plans = (x.cpu() for x in share_transposed(offsets, indices, grid, tile, block, rows, together))
+    programs, plans = (x.cpu() for x in share_transposed(offsets, indices, grid, tile, block, rows))
     groups, split = -(-tiles_k // rows), math.prod(tile) // block
     assert plans.shape == (heads * groups, 4)
     for head in range(heads):
@@ -129,7 +128,7 @@ def test_transposed_programs_hold_the_lists(grid, tile, rows, tiles_k, density, 
                 assert [common, *alone] == [len(wanted[0]), 0, 0]
                 assert entries[0] == wanted[0]
                 continue
-            shared = set(wanted[0]) & set(wanted[1]) if together and len(members) == 2 else set()
+            shared = set(wanted[0]) & set(wanted[1]) if len(members) == 2 else set()
             assert common == len(shared)
             assert all(set(mine[:common]) == shared and mine[:common] == entries[0][:common] for mine in entries)
             assert alone == [len(mine) - common for mine in wanted] + [0] * (2 - len(members))
