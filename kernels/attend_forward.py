@@ -157,7 +157,7 @@ def attend_forward(
     Args:
         q: [B, H, Sq, D]; k and v are [B, Hkv, Sk, D], H a multiple of Hkv. Any strides with a unit last one.
         kv_num_blocks: [B, H, Nq] int32.
-        kv_indices: [B, H, Nq, Kmax] int32; entries beyond the count are not read.
+        kv_indices: [B, H, Nq, Kmax] int32, ascending within a row; entries beyond the count are not read.
         scale: Factor of the scores; any finite number.
         layout: Order of the token axes: "raster", or "tile" (padded tile order).
         launch: Block sizes to use instead of the preset (for benchmarks).

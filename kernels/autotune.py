@@ -12,10 +12,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path as File
 from typing import Any
 
@@ -93,6 +93,8 @@ def launch_for(key: str, path: Path, device: torch.device, run: Callable[[Launch
     if known is not None or torch.cuda.is_current_stream_capturing():
         return known
     best, times = search(path.launch, lambda launch: _milliseconds(run, launch))
+    if not math.isfinite(times[best]):
+        return None  # nothing ran, for want of memory say: another call may search again
     log.info("tuned %s: %s, %.3f ms (preset %.3f ms)", key, best, times[best], times.get(path.launch, float("nan")))
     file = cache_file(device)
     _found[str(file), key] = best
@@ -164,7 +166,7 @@ def search(preset: Launch, measure: Callable[[Launch], float | None]) -> tuple[L
 @functools.cache
 def _cache_file(folder: str, gpu: str) -> File:
     name = "".join(c if c.isalnum() else "-" for c in gpu)
-    return File(folder) / "autotune" / f"{name}-triton-{metadata.version('triton')}-{sources_digest()}.json"
+    return File(folder) / "autotune" / f"{name}-triton-{config.triton_version() or 'unknown'}-{sources_digest()}.json"
 
 
 def cache_file(device: torch.device) -> File:

@@ -5,9 +5,11 @@ Needs neither Triton nor a GPU, so a report can ask for the path of a call that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,6 +113,15 @@ def _has_boxes(index: int | None) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
+@functools.cache
+def triton_version() -> str:
+    """Version of the installed Triton, whatever its distribution is called; empty if unknown."""
+    for name in ("triton", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
 GLUON_TRITON = ((3, 6), (3, 7))  # releases whose Gluon compiles the kernels as they were measured
 
 
@@ -124,9 +135,10 @@ def _why_no_gluon_on(index: int | None) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip is not None or (major, minor) != (9, 0):
         return f"it is written for compute capability 9.0 and this GPU has {major}.{minor}"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) not in GLUON_TRITON:
-        return f"it is checked with triton 3.6 and 3.7, and this is {version}"
+    version = triton_version()
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) not in GLUON_TRITON:
+        return f"it is checked with triton 3.6 and 3.7, and this is {version or 'unknown'}"
     return ""
 
 
@@ -310,6 +322,7 @@ def plan_boxes(x: Tensor, grid: Triple, tile: Triple, layout: str, block: int) -
 
 GLUON_ROWS = 64  # queries of a consumer, and keys of a block
 GLUON_GRID = (1 << 10, 1 << 11, 1 << 10)  # a block's coordinates share an int32
+GLUON_MOST_KEYS = 1024  # of a key tile: its blocks' coordinates stay within GLUON_GRID, and `share` unrolls over them
 GLUON_LAUNCH = Launch(2 * GLUON_ROWS, 2 * GLUON_ROWS, 12, 3, 168)
 
 
@@ -323,12 +336,12 @@ def _why_not_shaped(
         return f"it takes head_dim 128, not {q.shape[-1]}"
     if layout != "raster":
         return "it reads raster order"
-    if not scale > 0:
-        return f"it takes a positive scale, not {scale}"
+    if not scale > 1e-30:  # -lse / scale must be finite in fp32
+        return f"it takes a positive scale above 1e-30, not {scale}"
     if volume(tile_q) not in (GLUON_ROWS, 2 * GLUON_ROWS):
         return f"it takes query tiles of 64 or 128 positions, not {volume(tile_q)}"
-    if volume(tile_k) % GLUON_ROWS:
-        return f"it takes key tiles of a multiple of 64 positions, not {volume(tile_k)}"
+    if volume(tile_k) % GLUON_ROWS or volume(tile_k) > GLUON_MOST_KEYS:
+        return f"it takes key tiles of a multiple of 64 positions, {GLUON_MOST_KEYS} at most, not {volume(tile_k)}"
     for name, grid in zip(("query", "key"), grids, strict=True):
         if any(size > limit for size, limit in zip(grid, GLUON_GRID, strict=True)):
             return f"the {name} grid {grid} is beyond {GLUON_GRID}"
@@ -382,6 +395,8 @@ def plan_gluon_backward(
     """How the backward kernels for Hopper read q, k, v and grad_out, or the reason why they do not take the call."""
     if grad_out.dtype != q.dtype:
         return f"it takes grad_out in the dtype of q, not {str(grad_out.dtype).removeprefix('torch.')}"
+    if q.shape[0] * q.shape[1] * num_tiles(grid_q, tile_q) * volume(tile_q) >= 2**30:
+        return "the statistics of its rows are beyond int32 coordinates"
     if volume(tile_k) not in (GLUON_ROWS, 2 * GLUON_ROWS):
         return f"it takes key tiles of 64 or 128 positions, not {volume(tile_k)}"
     why_not = _why_not_shaped(q, (grid_q, grid_k), tile_q, tile_k, scale, layout)
@@ -447,7 +462,7 @@ def forward_path(
     args = volume(tile_q), volume(tile_k), q.shape[-1], q.dtype
     presets = launch or forward_launch(*args, True), launch or forward_launch(*args, False)
     found = _path((k, v), grid_k, tile_k, layout, presets, "block_k", path)
-    if path is None and why_not:
+    if path in (None, "gluon") and why_not:
         found = replace(found, reason=f"{found.reason}; not the Hopper kernel: {why_not}")
     return found
 

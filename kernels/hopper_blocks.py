@@ -1,4 +1,4 @@
-"""Blocks of 64 tokens as the Hopper kernels move them: where they lie, how they come, which rows and columns are real.
+"""Blocks of 64 or 128 tokens as the Hopper kernels move them: where they lie, how they come, which of them are real.
 
 A block is a tile of 64 positions or 64 consecutive positions of a larger one. Two of them make a group: two
 neighbouring tiles, or the halves of one tile of 128; each has a consumer of its own (`part` 0 or 1).

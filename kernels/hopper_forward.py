@@ -242,7 +242,8 @@ def _await_values(product, total, p_left, p_right, PAIRED: gl.constexpr):
 def _softmax(left, right, best, scale_log2, drop, PAIRED: gl.constexpr):
     """(weights, their row sums, the new best, the factor for what was summed before); logits in base 2.
 
-    `drop` is +inf where the right block only fills up the step (it then is the left one once more), else 0.
+    `drop` is +inf where the right block only fills up the step (a block that the row has anyway, so that the best one
+    stays right), else 0.
     """
     highest = gl.max(gl.maximum(left, right) if PAIRED else left, 1)
     highest = gl.maximum(best, highest * scale_log2)
@@ -489,14 +490,12 @@ def attend_forward_hopper(
     scale: float,
     plans: tuple[BoxPlan, ...],
     *,
-    slots: tuple[int, int] | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_forward` in raster order, for the calls that `config.plan_gluon` accepts.
 
     Args:
         plans: How to read q, k and v: the answer of `config.plan_gluon`.
-        slots: Slots of the two rings (for benchmarks).
         programs: How many run at once; one per multiprocessor if None.
     """
     batch, heads, tokens_q, head_dim = q.shape
@@ -512,7 +511,7 @@ def attend_forward_hopper(
     groups = steps.shape[0]
     if not groups:
         return out, lse
-    slots_k, slots_v = slots or SLOTS[tiles]
+    slots_k, slots_v = SLOTS[tiles]
     tiles_q = config.num_tiles(grid_q, tile_q)
     _attend_forward_hopper[(min(groups, programs or processors(q.device.index)),)](
         describe(q, plan_q), describe(k, plan_k), describe(v, plan_v), out, lse, blocks, steps, float(scale),

@@ -21,11 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from bsa_compile.kernels.hopper_blocks import load_box, load_numbers, row_tokens, unpack
+from bsa_compile.kernels.hopper_blocks import ROWS, load_box, load_numbers, row_tokens, unpack
 
 WIDTH = gl.constexpr(128)  # head_dim
 STATISTICS = gl.constexpr(128)  # fp32 numbers of a query block: -lse / scale and then -delta of its rows
-BLOCK_BYTES = gl.constexpr(64 * 128 * 2)
+BLOCK_BYTES = gl.constexpr(ROWS.value * WIDTH.value * 2)
 
 
 @gluon.jit

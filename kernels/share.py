@@ -19,7 +19,7 @@ from bsa_compile.kernels.tiles import tile_origin
 # A block as the load programs name it: the (t, h, w) token coordinates of its first position in one int32, with the
 # sign bit for a block of a tile that sticks out of the grid.
 T_SHIFT, H_SHIFT = tl.constexpr(21), tl.constexpr(10)
-MAX_GRID = (1 << 10, 1 << 11, 1 << 10)
+MAX_GRID = config.GLUON_GRID
 PLAN = tl.constexpr(4)  # int32 per group: steps of both, steps of the first, steps of the second, odd ends (bits 0, 1)
 
 
@@ -137,6 +137,8 @@ def _share(
                 before = tl.minimum(rank, shared)  # shared tiles that stand before this one in the list
                 slot = tl.where(both == 1, rank, shared + (start + lane - before))
                 seen += tl.sum(both)
+                # A list that does not ascend, which is not allowed, gives wrong blocks but no writes beyond it.
+                inside = inside & (slot < count_mine)
                 _write_blocks(program, slot, tile, inside, grid, TILE, BLOCK_K, SPLIT)
             if SPLIT % STEP != 0:
                 # An odd end is filled with a block that the kernel loads and masks.

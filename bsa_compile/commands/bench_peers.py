@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, sizes: dict[str, Any], device: torch.device) -
     data: dict[str, Any] = {
         "what": "attention beside its peers",
         "date": datetime.date.today().isoformat(),
-        "command": f"bsa-compile {' '.join(args.argv)}",
+        "command": " ".join(["bsa-compile", *(Path(word).name for word in args.argv)]),
         "versions": {**common.versions(), **library_versions()},
         "device": common.describe_device(device),
         "legend": tables.LEGEND,

@@ -212,7 +212,7 @@ def versions() -> dict[str, str | None]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -7,8 +7,8 @@ first use, so that a machine without Triton or a GPU can import and use everythi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -74,11 +74,15 @@ def _tokens_first_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
     return (tokens * heads * width, width, heads * width, 1)
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast: what is computed in fp32 must stay in fp32 also where the caller's region says bf16."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """On the tensors' GPU, since Triton launches on the current one, and without autocast: what is fp32 stays fp32."""
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def _define(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -101,7 +105,7 @@ def _pool(x: Tensor, grid: Sequence[int], tile: Sequence[int], layout: str = "ra
     if x.stride(-1) != 1:
         x = x.contiguous()
     implementation = gating.pool if x.device.type == "cpu" else launcher("pool", "pool")
-    with _exact(x.device):
+    with _on(x.device):
         return implementation(x, tuple(grid), tuple(tile), layout)
 
 
@@ -115,7 +119,7 @@ def _select(
     q_pooled: Tensor, k_pooled: Tensor, sparsity: float | None, cdf_threshold: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     validate.check_select(q_pooled, k_pooled, sparsity, cdf_threshold, scale)
-    with _exact(q_pooled.device):
+    with _on(q_pooled.device):
         if q_pooled.device.type == "cpu":
             return gating.select(q_pooled, k_pooled, sparsity, cdf_threshold, scale)
         count = None if sparsity is None else keep_count(k_pooled.shape[2], sparsity)
@@ -156,7 +160,7 @@ def _attend(
         forward = other.forward
     else:
         forward = cpu.attend if q.device.type == "cpu" else launcher("attend_forward", "attend_forward")
-    with _exact(q.device):
+    with _on(q.device):
         out, lse = forward(q, k, v, kv_num_blocks, kv_indices, *grids, scale, layout)
     return tokens_first(out), lse.contiguous()
 
@@ -208,7 +212,7 @@ def _attend_backward(
     if grad_out.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    with _exact(q.device):
+    with _on(q.device):
         grads = backward(
             grad_out, grad_lse, q, k, v, out, lse.contiguous(), kv_num_blocks, kv_indices, *grids, scale, layout
         )

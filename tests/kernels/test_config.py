@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -164,6 +165,66 @@ def test_the_hopper_backward_is_for_cuda_and_presets():
     assert "CUDA" in str(config.backward_path(*args))
     assert "launch parameters" in str(config.backward_path(*args, launches=True))
     assert "'box'" in str(config.backward_path(*args, path="box"))
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"triton": "3.6.0"}, ""),
+        ({"pytorch-triton": "3.7.1+git"}, ""),
+        ({"triton": "3.9.0"}, "this is 3.9.0"),
+        ({"triton": "main"}, "this is main"),
+        ({}, "this is unknown"),
+    ],
+    ids=["3.6", "nightly", "newer", "no number", "none"],
+)
+def test_hopper_kernels_are_for_the_tritons_that_they_were_checked_with(versions, reason, monkeypatch):
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    for cached in (config.triton_version, config._why_no_gluon_on):
+        cached.cache_clear()
+    try:
+        found = config._why_no_gluon(torch.device("cuda", 0))
+    finally:
+        for cached in (config.triton_version, config._why_no_gluon_on):
+            cached.cache_clear()
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"scale": -0.1}, "positive scale"),
+        ({"scale": 1e-40}, "positive scale"),
+        ({"tile_q": (2, 4, 4)}, "query tiles of 64 or 128"),
+        ({"tile_k": (16, 16, 8)}, "1024 at most"),
+        ({"layout": "tile"}, "raster order"),
+    ],
+    ids=["taken", "negative scale", "tiny scale", "query tile", "key tile", "tile order"],
+)
+def test_what_the_hopper_forward_takes(change, reason):
+    q = heads_first()
+    call = {
+        "grid_q": GRID,
+        "tile_q": TILE,
+        "grid_k": GRID,
+        "tile_k": TILE,
+        "scale": SCALE,
+        "layout": "raster",
+        **change,
+    }
+    plans = config.plan_gluon(q, q, q, *call.values())
+    if reason is None:
+        assert [plan.block for plan in plans] == [(4, 4, 4, 128)] * 3
+    else:
+        assert reason in plans
 
 
 @pytest.mark.parametrize("positions", [1, 8, 16, 30, 64, 96, 128, 160, 256, 1000])
