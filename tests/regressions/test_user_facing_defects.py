@@ -12,6 +12,7 @@ import torch
 
 import bsa_compile
 from bsa_compile import cpu
+from bsa_compile.kernels import autotune
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.policy import BSAPolicy
 from tests.compile.support import make_inputs, make_longcat, relative_error, run_reference
@@ -134,11 +135,28 @@ def test_layers_of_configuration_override_in_one_order_and_aloud(checkpoint, cap
 # -- a variable that should have skipped autotuning was misspelt and did nothing --------------------------------------
 
 
-def test_no_variable_can_fail_to_switch_autotuning_off_as_there_is_none():
-    # Launches come from presets by shape: nothing is timed at run time, so there is nothing to skip.
-    sources = list((ROOT / "kernels").glob("*.py"))
+@pytest.mark.parametrize(
+    ("variables", "searches"),
+    [({}, False), ({"BSA_AUTOTUNE": "1"}, True), ({"BSA_AUTOTUNE": "1", "TRITON_AUTOTUNE_ENABLE": "0"}, False)],
+    ids=["nothing asked for", "asked for", "forbidden"],
+)
+def test_the_variable_that_switches_autotuning_off_does(variables, searches, monkeypatch):
+    for name in ("BSA_AUTOTUNE", "TRITON_AUTOTUNE_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert autotune.enabled() is searches
+
+
+def test_kernels_are_tuned_by_the_module_that_the_variable_governs_alone():
+    # Anything else that searched, Triton's own decorators say, would not ask it.
+    sources = [path for path in (ROOT / "kernels").glob("*.py") if path.name != "autotune.py"]
     assert sources
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
-            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-            assert name not in ("autotune", "heuristics", "environ", "getenv"), f"{path}:{node.lineno} uses {name}"
+            if isinstance(node, ast.Attribute):
+                of = getattr(node.value, "id", "")
+                assert (of, node.attr) not in {("triton", "autotune"), ("triton", "heuristics")}, (
+                    f"{path}:{node.lineno}"
+                )
+                assert node.attr not in ("environ", "getenv"), f"{path}:{node.lineno} reads the environment"
