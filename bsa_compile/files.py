@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UsageError, must
@@ -55,26 +55,54 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextmanager
-def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(path: str | os.PathLike[str], beside: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to write a file of this name into, and others beside it; all take their places when the block ends well.
 
-    Nothing is left of it when the block fails, and what was at `path` stays. Missing folders above `path` are made.
+    Nothing is left of it when the block or a move fails, and what was there stays. Missing folders are made.
 
     Args:
         path: the file. It is put in place last.
+        beside: names of files that belong to it: those of before that the block did not make are removed.
 
     Raises:
         UsageError: `path` is a folder or cannot be written.
+        OSError: a file cannot be made or moved.
     """
     path = check_writable(path, "path")
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
-        for made in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(made, path.parent / made.name)
+        _take_places(folder, path, beside)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # another has put something there meanwhile
+                parent.rmdir()
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_places(folder: Path, path: Path, beside: Sequence[str]) -> None:
+    """Move what lies in a folder to its places; where one move fails, everything is as before."""
+    names = sorted({*(file.name for file in folder.iterdir()), *beside}, key=lambda name: name == path.name)
+    old = Path(tempfile.mkdtemp(dir=folder))
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in names:
+            place = path.parent / name
+            if name != path.name and place.is_file():
+                os.replace(place, old / name)
+                moved.append((old / name, place))
+            if (folder / name).exists():
+                os.replace(folder / name, place)
+                moved.append((place, folder / name))
+    except BaseException:
+        for now, before in reversed(moved):
+            os.replace(now, before)
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -49,8 +49,8 @@ def package(
 
     Raises:
         UsageError: `program` does not come from `export`, or `path` cannot be written.
-        ExportError: inductor cannot compile it here (without a C++ compiler, for one), or the library that it made for
-            CUDA would crash on loading.
+        ExportError: inductor cannot compile it here (without a C++ compiler, for one), the library that it made for
+            CUDA would crash on loading, or the file cannot be written.
     """
     report = report_of(program)
     path = Path(path)
@@ -61,17 +61,24 @@ def package(
         # `_check_linkage`.
         configs[_LIBRARIES] = [*(configs.get(_LIBRARIES) or ()), _LIBSTDCXX]
     tag = f"bsa.{source_digest()}"
-    with staged(path) as folder, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        try:
-            # Inductor accepts no other ending than .pt2.
-            made = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / f"{path.stem}.pt2"), inductor_configs=configs
-            )
-        except Exception as exc:  # inductor raises what its code generation and the C++ compiler raise
-            raise ExportError(must("program", "compile with AOTInductor", one_line(exc))) from exc
-        _check_linkage(Path(made))
-        os.replace(made, folder / path.name)
+    try:
+        with staged(path) as folder, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            made = _compile(program, folder / f"{path.stem}.pt2", configs)
+            _check_linkage(made)
+            os.replace(made, folder / path.name)
+    except OSError as exc:
+        raise ExportError(must("path", "be a file that can be written", f"{str(path)!r} ({exc})")) from exc
     return path
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, configs: Mapping[str, Any]) -> Path:
+    try:
+        # Inductor accepts no other ending than .pt2.
+        return Path(
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(configs))
+        )
+    except Exception as exc:  # inductor raises what its code generation and the C++ compiler raise
+        raise ExportError(must("program", "compile with AOTInductor", one_line(exc))) from exc
 
 
 def _tensors(program: torch.export.ExportedProgram) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,20 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     if data is None:  # tensors of a loaded model may lie in files whose paths hold for its own folder only
         model = ir.external_data.load_to_model(model)
     try:
-        with staged(path) as folder:
+        with staged(path, stale_data(path)) as folder:
             ir.save(model, folder / name, external_data=data, size_threshold_bytes=SMALL_TENSOR_BYTES)
     except OSError as exc:
         raise ExportError(must("path", "be a file that can be written", f"{str(path)!r} ({exc})")) from exc
+
+
+def stale_data(path: str | os.PathLike[str]) -> list[str]:
+    """Name of the second file of the model that lies at `path` now, to be removed with it; empty if it has none."""
+    path = Path(path)
+    data = f"{path.name}.data"
+    if not (path.parent / data).is_file() or not path.is_file() or not path.stat().st_size:
+        return []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [data] if content.find(data.encode()) >= 0 else []
 
 
 def _tensors(model: Any) -> Iterator[Any]:

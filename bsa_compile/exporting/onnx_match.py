@@ -72,7 +72,52 @@ def find(nodes: Sequence[ir.Node]) -> list[Attention]:
             continue
         if attention is not None:
             found.append(attention)
-    return found
+    known = {n for attention in found for n in (attention.node, *attention.nodes)}
+    return [*found, *(a for node in nodes if node not in known and (a := _unknown_form(node, known)) is not None)]
+
+
+_LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Identity", "Expand", "Split", "Slice")
+_PRODUCTS = ("MatMul", "Einsum", "Gemm", "MatMulInteger", "QLinearMatMul")
+
+
+def _factors(node: ir.Node) -> list[ir.Value]:
+    """What a product multiplies, apart from weights; nothing for other operators."""
+    named = node.op_type in _PRODUCTS if node.domain == "" else "matmul" in node.op_type.lower()
+    return [v for v in node.inputs if v is not None and not _stored(v)] if named else []
+
+
+def _stored(value: ir.Value, depth: int = 8) -> bool:
+    """Whether a value is a weight, or made of weights alone: transposed, cast, dequantized."""
+    maker = value.producer()
+    if constants.is_weight(value) or maker is None or not depth:
+        return constants.is_weight(value)
+    return all(_stored(v, depth - 1) for v in maker.inputs if v is not None)
+
+
+def _unknown_form(node: ir.Node, known: set[ir.Node]) -> Attention | None:
+    """A product of values with what was made of another product: better reported than overlooked."""
+    factors = _factors(node)
+    if len(factors) < 2:
+        return None
+    for factor in factors[:2]:
+        waiting, seen = [(factor, "")], set[Any]()
+        while waiting and len(seen) < _MAX_VALUES:
+            value, between = waiting.pop()
+            maker = value.producer()
+            if maker is None or maker in seen or maker in known:
+                continue
+            seen.add(maker)
+            scores = _factors(maker)
+            if len(scores) >= 2 and between:
+                q, k = (Operand(v) for v in scores[:2])
+                op = f"{maker.op_type}-{between}-{node.op_type}"
+                return Attention(op, node, q, k, None, hidden=True, nodes=(node,))
+            if scores or (maker.domain == "" and maker.op_type in ("Conv", "ConvTranspose")):
+                continue  # a projection: what lies behind it is another layer
+            if maker.domain != "" or maker.op_type not in _LAYOUT:
+                between = maker.op_type if not between or maker.op_type in ("Softmax", "Exp") else between
+            waiting.extend((v, between) for v in maker.inputs if v is not None and not constants.is_weight(v))
+    return None
 
 
 # -- one node ---------------------------------------------------------------------------------------------------------

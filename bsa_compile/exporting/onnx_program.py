@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import BSACompileError, ExportError, must, one_line, require_extra
+from ..errors import BSACompileError, ExportError, UsageError, must, one_line, require_extra
 from ..files import check_writable
 from ..grid import TokenGrid
 from ..policy import BSAPolicy
@@ -67,6 +67,7 @@ def export_onnx(
     report = report_of(program)
     program = with_nodes(program)
     exported = _to_onnx(program, opset, input_names, output_names)
+    _check_types(exported, opset)
     add_functions(exported, functions)
     exported.metadata_props[REPORT_KEY] = report.to_json()
     onnx_files.save(exported, path)
@@ -165,12 +166,34 @@ def _to_onnx(
     except BSACompileError:
         raise
     except Exception as exc:  # the exporter wraps whatever its translations raise
-        raise ExportError(must("model", "be expressible in ONNX", one_line(exc))) from exc
+        raise ExportError(must("model", "be expressible in ONNX", one_line(_cause(exc)))) from exc
     assert made is not None
     found = made.model.opset_imports.get("")
     if found != opset:  # the exporter logs that it could not convert, and goes on
         raise ExportError(must("opset", "be one that the exporter can convert this model to", opset, f"Try {found}."))
     return made.model
+
+
+def _check_types(model: Any, opset: int) -> None:
+    """Refuse element types that an operator of this opset does not take: bfloat16 came to some, Conv for one, in 22."""
+    import onnx
+
+    for node in model.graph.all_nodes():
+        if node.domain or not onnx.defs.has(node.op_type):
+            continue
+        schema = onnx.defs.get_schema(node.op_type, opset)
+        for value, formal in zip(node.inputs, schema.inputs, strict=False):
+            name = None if value is None or value.dtype is None else f"tensor({value.dtype.name.lower()})"
+            if name == "tensor(bfloat16)" and name not in formal.types:
+                what = f"{opset}, whose {node.op_type} has none"
+                raise UsageError(must("opset", "be one with bfloat16 for this model", what, "Try 22 or 23."))
+
+
+def _cause(exc: BaseException) -> BaseException:
+    """What went wrong first: the exporter wraps it in advice for its own developers."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return exc
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, GridError, UsageError, must, require_extra
-from ..files import check_writable, write_bytes
+from ..files import check_writable, staged
 from ..grid import TokenGrid
 from ..passes.decide import Decider, Decision, given_grids
 from ..passes.grids import Grids
@@ -197,7 +198,8 @@ def _copy(path_in: Path, path_out: Path) -> None:
         onnx_files.save(model, path_out)
         return
     try:
-        write_bytes(path_out, path_in.read_bytes())
+        with staged(path_out, onnx_files.stale_data(path_out)) as folder:
+            shutil.copyfile(path_in, folder / path_out.name)
     except OSError as exc:
         raise ExportError(must("path_out", "be a file that can be written", f"{str(path_out)!r} ({exc})")) from exc
 

@@ -85,9 +85,13 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
 
     Raises:
         UsageError: `path` is a folder or cannot be written.
+        ExportError: writing failed; what was there before stays.
     """
-    with staged(path) as folder:
-        torch.export.save(program, folder / Path(path).name)
+    try:
+        with staged(path) as folder:
+            torch.export.save(program, folder / Path(path).name)
+    except OSError as exc:
+        raise ExportError(must("path", "be a file that can be written", f"{str(path)!r} ({exc})")) from exc
 
 
 def report_of(program: torch.export.ExportedProgram) -> Report:

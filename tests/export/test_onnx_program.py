@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 
 import onnx
 import onnx.checker
@@ -126,6 +127,48 @@ def test_half_precision(tmp_path, dtype, bound):
     onnx.checker.check_model(path, full_check=True)
     if bound is not None:  # onnxruntime's CPU has no bfloat16 kernels
         assert relative_error(run(path, [x])[0], bsa_compile.export(model, POLICY, (x,)).module()(x)) < bound
+
+
+@torch.no_grad()
+def test_bfloat16_needs_an_opset_whose_operators_take_it(tmp_path):
+    model, path = PatchAttention().eval().bfloat16(), tmp_path / "model.onnx"
+    x = torch.randn(1, 3, GRID[0], 2 * GRID[1], 2 * GRID[2], dtype=torch.bfloat16)
+    with pytest.raises(
+        UsageError, match=r"opset must be one with bfloat16 for this model, got 21, whose Conv has none"
+    ):
+        bsa_compile.export_onnx(model, POLICY, (x,), path, opset=21)
+    assert not list(tmp_path.iterdir())
+    bsa_compile.export_onnx(model, POLICY, (x,), path, opset=22)
+    onnx.checker.check_model(path, full_check=True)
+
+
+@torch.no_grad()
+def test_two_files_take_their_places_together(tmp_path, monkeypatch):
+    model, x = PatchAttention().eval(), torch.randn(1, 3, GRID[0], 2 * GRID[1], 2 * GRID[2])
+    path, data = tmp_path / "new" / "model.onnx", tmp_path / "new" / "model.onnx.data"
+    real_replace = os.replace
+
+    def fails_on_the_model(source, target):
+        if str(target) == str(path):
+            raise OSError("no space left")
+        real_replace(source, target)
+
+    with monkeypatch.context() as large:
+        large.setattr("bsa_compile.exporting.onnx_files.EXTERNAL_FROM_BYTES", 1 << 12)
+        with monkeypatch.context() as full:
+            full.setattr(os, "replace", fails_on_the_model)
+            with pytest.raises(ExportError, match="path must be a file that can be written"):
+                bsa_compile.export_onnx(model, POLICY, (x,), path)
+            assert not list(tmp_path.iterdir())
+        bsa_compile.export_onnx(model, POLICY, (x,), path)
+        before = path.read_bytes(), data.read_bytes()
+        with monkeypatch.context() as full:
+            full.setattr(os, "replace", fails_on_the_model)
+            with pytest.raises(ExportError):
+                bsa_compile.export_onnx(PatchAttention().eval(), POLICY, (x,), path)
+        assert (path.read_bytes(), data.read_bytes()) == before
+    bsa_compile.export_onnx(model, POLICY, (x,), path)  # small now: one file, and nothing stale beside it
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
 
 
 @torch.no_grad()

@@ -505,6 +505,31 @@ def test_operators_of_other_domains_are_reported(tmp_path):
     assert (site.reason, site.op, site.role) == ("opaque", "com.microsoft::MultiHeadAttention", "self")
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "m = ReduceMax<keepdims = 1>({s}, {last}) d = Sub({s}, m) e = Exp(d) z = ReduceSum<keepdims = 1>(e, {last})"
+        " p = Div(e, z) out = MatMul(p, {v})",
+        "e = Exp({s}) z = ReduceSum<keepdims = 1>(e, {last}) o = MatMul(e, {v}) out = Div(o, z)",
+        "p = Sigmoid({s}) out = MatMul(p, {v})",
+        "g = com.microsoft.QuickGelu({s}) p = Softmax<axis = -1>(g) out = MatMul(p, {v})",
+        "p = Softmax<axis = -1>({s}) out = com.microsoft.FusedMatMul(p, {v})",
+    ],
+    ids=["exp-sum-div", "late division", "sigmoid", "operator of others between", "product of others"],
+)
+def test_attention_in_a_form_that_is_not_understood_is_named(tmp_path, form):
+    graph = Graph()
+    q, k, v = graph.heads(), graph.heads(), graph.heads()
+    names = {"s": graph.scores(q, k), "v": v, "last": graph.ints(3)}
+    graph.lines.append(form.format(**names))
+    before, after = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(graph.model("out"), before)
+    report = rewrite_onnx(before, after, ALL, GRID)
+    assert [site.reason for site in report.sites] == ["opaque"]
+    assert report.sites[0].op.endswith("MatMul")
+    assert after.read_bytes() == before.read_bytes()
+
+
 @pytest.mark.parametrize(("dim", "wanted"), [(12, "head_dim"), (8, "head_dim")])
 def test_head_sizes_that_kernels_lack(tmp_path, dim, wanted):
     graph = Graph()
