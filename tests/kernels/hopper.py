@@ -32,6 +32,8 @@ from bsa_compile.kernels.select import select
 from bsa_compile.kernels.share import share_lists
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Others speak another Gluon, and the Hopper kernels are not taken with them.
+HAS_GLUON = tuple(int(n) for n in triton.__version__.split(".")[:2]) in config.GLUON_TRITON
 compiled: list[tuple[str, Any]] = []
 
 
@@ -118,7 +120,7 @@ def compile_all(
     plans_backward = config.plan_gluon_backward(q, q, q, out, *tail)
     if capability() != 90:
         share_lists(counts, lists, grid, tile, 64, 2)
-    elif path is None and not isinstance(plans, str) and not isinstance(plans_backward, str):
+    elif path is None and HAS_GLUON and not isinstance(plans, str) and not isinstance(plans_backward, str):
         scorer = Scorer(pooled, pooled, config.row_layout(tiles), launch=config.HOPPER_SCORE)
         scorer(torch.empty(heads * tiles * scorer.layout.width, device="meta"), 0, heads, 0, tiles)
         attend_forward_hopper(q, q, q, counts, lists, *tail[:5], plans, programs=132)

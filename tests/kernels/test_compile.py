@@ -56,6 +56,13 @@ def test_the_portable_kernels_fit_other_gpus(capability, shared):
     assert (kernels["_attend_forward"]["tma"] > 0) == (capability >= 90)
 
 
+@pytest.fixture
+def hopper_resources(resources):
+    if "_attend_forward_hopper" not in resources["24x44x80"]:
+        pytest.skip("the Hopper kernels are for triton 3.6 and 3.7")
+    return resources
+
+
 @pytest.mark.slow
 def test_production_kernels_do_not_spill(resources):
     for case, kernels in resources.items():
@@ -64,8 +71,6 @@ def test_production_kernels_do_not_spill(resources):
             # 3.9, which a CPU torch may stand beside, spills 72 in the pointer path's dk, dv kernel.
             allowed = 16
             newer = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
-            if newer and "hopper" in name:
-                continue  # not taken with it (`config.GLUON_TRITON`); the loaders spill there
             if newer and (case, name) == ("24x44x80 by pointers", "backward_k_kernel"):
                 allowed = 72
             if name == "hopper_backward_k_kernel":
@@ -83,7 +88,8 @@ def test_attention_runs_on_tensor_cores_and_reads_boxes(resources):
 
 
 @pytest.mark.slow
-def test_the_hopper_kernel_is_specialised_by_warps(resources):
+def test_the_hopper_kernel_is_specialised_by_warps(hopper_resources):
+    resources = hopper_resources
     for case in ("24x44x80", "24x45x80, fused qkv", "24x44x80, 128"):
         used = resources[case]["_attend_forward_hopper"]
         assert used["warps"] == 12
@@ -94,7 +100,8 @@ def test_the_hopper_kernel_is_specialised_by_warps(resources):
 
 
 @pytest.mark.slow
-def test_two_programs_of_the_hopper_score_share_a_multiprocessor(resources):
+def test_two_programs_of_the_hopper_score_share_a_multiprocessor(hopper_resources):
+    resources = hopper_resources
     used = resources["24x44x80"]["_score_hopper"]
     assert used["warps"] == 8
     assert used["registers"] <= 128
@@ -104,7 +111,8 @@ def test_two_programs_of_the_hopper_score_share_a_multiprocessor(resources):
 
 
 @pytest.mark.slow
-def test_the_hopper_backward_is_specialised_by_warps(resources):
+def test_the_hopper_backward_is_specialised_by_warps(hopper_resources):
+    resources = hopper_resources
     for case in ("24x44x80", "24x45x80, fused qkv", "24x44x80, 128"):
         # Products of each consumer. dq: S, dP and dq in the loop. dk, dv: S, dP, dv and dk at the start, in the loop
         # and at the end.
