@@ -1,0 +1,172 @@
+"""Procedurally drawn clips: coloured shapes that move, turn and bounce over textured backgrounds."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bsa_compile.pipelines.small.captions import COLOURS, ROUND, SIZES, Caption
+
+# Backgrounds: two colours between which a texture mixes. Dull, so that no shape's colour is near.
+_PALETTES = {
+    "grass": ((70, 100, 55), (100, 125, 75)),
+    "sand": ((185, 165, 125), (205, 187, 150)),
+    "water": ((75, 115, 130), (105, 145, 158)),
+    "bricks": ((112, 76, 64), (150, 140, 130)),
+    "wood": ((105, 78, 55), (135, 104, 78)),
+    "stone": ((88, 88, 92), (122, 122, 126)),
+}
+
+
+def draw_clips(
+    captions: Sequence[Caption],
+    num_frames: int,
+    height: int,
+    width: int,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw one clip for each caption.
+
+    Args:
+        captions: what to draw; where they leave something open, the seed chooses.
+        num_frames: of each clip.
+        height, width: in pixels.
+        seed: of place, size, speed and texture.
+        device: where to draw. Textures differ in their last bits from device to device.
+
+    Returns:
+        `Float32[Tensor, "b 3 t h w"]` in [-1, 1].
+    """
+    rng = random.Random(seed)
+    return torch.stack([_draw(c, num_frames, height, width, rng, torch.device(device)) for c in captions])
+
+
+def _draw(caption: Caption, frames: int, height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
+    short = min(height, width)
+    low, high = SIZES[caption.size]
+    radius = rng.uniform(low, high) * short  # in pixels, as all that follows
+    time = torch.linspace(0, 1, frames, device=device)
+    centre, angle = _path(caption, time, radius, height, width, rng)
+    ys = torch.arange(height, device=device).view(1, -1, 1) + 0.5
+    xs = torch.arange(width, device=device).view(1, 1, -1) + 0.5
+    dy, dx = ys - centre[:, 0].view(-1, 1, 1), xs - centre[:, 1].view(-1, 1, 1)
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
+    distance = _distance(caption.shape, u, v) * radius  # [T, H, W], negative inside
+    mask = (0.5 - distance).clamp(0, 1)
+    # Lighter at the upper left, darker at the rim: a shape stands out from its background.
+    light = 1 - 0.05 * (dx + dy) / radius - 0.25 * (1 + distance / 3).clamp(0, 1)
+    colour = torch.tensor(COLOURS[caption.colour], device=device).view(3, 1, 1, 1) / 255
+    background = _background(caption.background, frames, height, width, rng, device)
+    video = background * (1 - mask) + (colour * light).clamp(0, 1) * mask
+    return video * 2 - 1
+
+
+def _path(
+    caption: Caption, time: Tensor, radius: float, height: int, width: int, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """Centres `[T, 2]` (y, x) in pixels and angles `[T]`."""
+
+    def place(side: int) -> float:
+        return rng.uniform(radius, side - radius)
+
+    y, x = (torch.full_like(time, place(side)) for side in (height, width))
+    turn = rng.uniform(-math.pi, math.pi) + torch.zeros_like(time)
+    motion = caption.motion
+    if motion in ("left", "right", "up", "down"):
+        side = width if motion in ("left", "right") else height
+        room = side - 2 * radius
+        way = rng.uniform(0.55, 0.95) * room
+        start = radius + rng.uniform(0, room - way)
+        line = start + way * time
+        if motion in ("left", "up"):
+            line = side - line
+        if motion in ("left", "right"):
+            x = line
+        else:
+            y = line
+        if motion in ("left", "right"):  # a roll: the way on the rim
+            turn = turn + (way if motion == "right" else -way) / radius * time
+    elif motion == "bounce":
+        hops = rng.uniform(1.5, 3.0)
+        phase = (time * hops + rng.uniform(0, 1)) % 1
+        tall = rng.uniform(0.5, 0.9) * (height - 2 * radius)
+        y = height - radius - tall * 4 * phase * (1 - phase)
+    else:
+        rounds = rng.uniform(0.5, 1.0) * rng.choice((-1, 1))
+        turn = turn + 2 * math.pi * rounds * time
+    if caption.shape in ROUND:
+        turn = torch.zeros_like(turn)
+    return torch.stack([y, x], dim=1), turn
+
+
+def _distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
+    """Signed distance to a shape of radius 1, negative inside; near its rim exact up to a small factor."""
+    r = (u.square() + v.square()).sqrt()
+    if shape == "ball":
+        return r - 0.95
+    if shape == "ring":
+        return (r - 0.74).abs() - 0.26
+    if shape == "square":
+        return torch.maximum(u.abs(), v.abs()) - 0.8
+    if shape == "cross":
+        arms = [torch.maximum(a.abs() - 1.0, b.abs() - 0.32) for a, b in ((u, v), (v, u))]
+        return torch.minimum(*arms)
+    corners = {"triangle": 3, "star": 5}[shape]
+    step = 2 * math.pi / corners
+    # The corner at angle 0 of the sector that the pixel is in; the shape is symmetric about it.
+    sector = torch.atan2(v, u)
+    local = (sector + step / 2) % step - step / 2
+    along, across = r * local.cos(), r * local.sin().abs()
+    inner = 0.5 if shape == "triangle" else 0.45
+    # The side from the corner (1, 0) to the notch between two corners.
+    end = (inner * math.cos(step / 2), inner * math.sin(step / 2))
+    edge = (end[0] - 1, end[1])
+    length = math.hypot(*edge)
+    return ((along - 1) * edge[1] - across * edge[0]) / length
+
+
+def _background(name: str, frames: int, height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
+    """`Float32[Tensor, "3 1|t h w"]` in [0, 1]."""
+    scale = min(height, width)
+    ys = torch.arange(height, device=device).view(1, -1, 1) / scale
+    xs = torch.arange(width, device=device).view(1, 1, -1) / scale
+    noise = _noise(height, width, rng, device)
+    phase = rng.uniform(0, 1)
+    if name == "grass":
+        mix = 0.5 + 0.5 * noise + 0.25 * torch.sin(2 * math.pi * (14 * xs + 2.0 * noise + phase))
+    elif name == "sand":
+        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (6 * ys + 0.8 * noise + phase))
+    elif name == "water":
+        time = torch.linspace(0, 1, frames, device=device).view(-1, 1, 1)
+        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (5 * ys + 0.35 * torch.sin(4 * xs + phase) + noise + time))
+    elif name == "bricks":
+        row = (ys * 7 + phase).floor()
+        joint_y = ((ys * 7 + phase) % 1 - 0.5).abs()
+        joint_x = ((xs * 3.5 + 0.5 * (row % 2)) % 1 - 0.5).abs()
+        mix = torch.maximum((joint_y - 0.42) * 12, (joint_x - 0.46) * 24).clamp(0, 1) + 0.15 * noise
+    elif name == "wood":
+        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (5 * xs + 1.2 * noise + phase)) * (1 + 0 * ys)
+    else:
+        mix = 0.5 + 0.9 * noise
+    dark, bright = (torch.tensor(c, device=device).view(3, 1, 1, 1) / 255 for c in _PALETTES[name])
+    return dark + (bright - dark) * mix.clamp(0, 1)
+
+
+def _noise(height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
+    """Smooth noise `[1, H, W]` of about unit range around 0, of two octaves; drawn on the CPU, the same everywhere."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    total = torch.zeros(1, height, width, device=device)
+    for cells, weight in ((4, 0.6), (9, 0.4)):
+        rows = max(2, round(cells * height / min(height, width)))
+        columns = max(2, round(cells * width / min(height, width)))
+        coarse = torch.rand(1, 1, rows, columns, generator=generator).to(device) * 2 - 1
+        total += weight * F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0]
+    return total
