@@ -130,7 +130,7 @@ def load_components(
         CheckpointError: pieces are missing (all named in one error), corrupt, or do not fit each other.
     """
     folder = check_folder(folder, loras)
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     def load(part: str, make: Callable[..., Any], **options: Any) -> Any:
@@ -146,7 +146,7 @@ def load_components(
     tokenizer = load("tokenizer", AutoTokenizer.from_pretrained)
     vae = load(
         "vae",
-        AutoencoderKLWan.from_pretrained,
+        _vae_class(folder).from_pretrained,
         torch_dtype=dtype,
         use_safetensors=True,
         low_cpu_mem_usage=False,  # diffusers would ask for accelerate, and the VAE is small
@@ -165,6 +165,17 @@ def load_components(
     )
     _check_fit(folder, parts)
     return parts
+
+
+def _vae_class(folder: Path) -> Any:
+    """Wan's autoencoder, or the small one of the model that the package ships."""
+    if read_json_object(folder / "vae" / "config.json").get("_class_name") == "SmallAutoencoder":
+        from bsa_compile.pipelines.small.autoencoder import SmallAutoencoder
+
+        return SmallAutoencoder
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan
 
 
 @contextmanager
