@@ -16,12 +16,11 @@ import contextlib
 import copy
 import json
 import math
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -32,16 +31,18 @@ import bsa_compile
 from bsa_compile import BSAPolicy
 from bsa_compile.pipelines.small import parts
 from bsa_compile.pipelines.small.autoencoder import SmallAutoencoder
-from bsa_compile.pipelines.small.captions import Caption, draw_caption, sample_captions
-from bsa_compile.pipelines.small.clips import draw_clips
+from bsa_compile.pipelines.small.dataset import ClipBatch, ClipDataset, as_pixels, clip_batches
 
+SHAPE_WEIGHT = 8.0  # of the loss where the shape is: it covers a tenth of the picture, and is what captions tell of
 NO_TEXT = 0.1  # share of samples without a caption, for guidance
 KL_WEIGHT = 5e-4
+STATISTICS_CLIPS = 48
 EMA = 0.998
 WARM_UP = 100
 VALIDATE_EVERY = 250
 VALIDATION_CLIPS = 16
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)  # noise levels at which the validation loss is taken
+FILL = 16  # how many times more clips are encoded at once while a pool is filled
 SPARSE = BSAPolicy(sparsity=0.9375)
 
 
@@ -55,8 +56,8 @@ class Phase:
         scale: of both sides of the clips.
         policy: attention; None: the autoencoder is trained.
         rate: learning rate at its start and its end.
-        new_clips: clips drawn every step, which replace the oldest of the pool.
         pool: clips to choose from.
+        new_clips: clips that take the place of the oldest ones in every step.
     """
 
     name: str
@@ -65,8 +66,8 @@ class Phase:
     scale: float
     policy: BSAPolicy | None
     rate: tuple[float, float]
-    new_clips: int = 4
     pool: int = 1536
+    new_clips: int = 2
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,14 +76,30 @@ class Phase:
 
 
 PHASES = (
-    Phase("autoencoder", 2500, 8, 1.0, None, (2e-3, 1e-5)),
-    Phase("dense small", 4000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), new_clips=8, pool=4096),
-    Phase("dense", 800, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 5000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("autoencoder", 1000, 8, 1.0, None, (2e-3, 1e-5)),
+    Phase("dense small", 4000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=4096, new_clips=4),
+    Phase("dense", 400, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
+    Phase("block-sparse", 3000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
 )
-SMOKE = tuple(
-    Phase(p.name, 3, 2, 0.25 if p.scale == 1.0 else 0.125, p.policy, p.rate, new_clips=1, pool=2) for p in PHASES
-)
+SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
+
+
+class Samples(NamedTuple):
+    """Encoded clips on the device.
+
+    Attributes:
+        latents: `BFloat16[Tensor, "b c t h w"]`, normalised.
+        cover: as in `ClipBatch`.
+        tokens: token ids and mask `Int64[Tensor, "b 2 l"]`.
+    """
+
+    latents: Tensor
+    cover: Tensor
+    tokens: Tensor
+
+    def part(self, which: slice) -> Samples:
+        """Some of them."""
+        return Samples(*(values[which] for values in self))
 
 
 class Trainer:
@@ -91,7 +108,7 @@ class Trainer:
     def __init__(self, folder: Path, device: torch.device, phases: tuple[Phase, ...], backend: str) -> None:
         torch.manual_seed(0)
         self.folder, self.device, self.phases, self.backend = folder, device, phases, backend
-        self.vae = SmallAutoencoder().to(device)
+        self.vae = SmallAutoencoder().to(device, memory_format=torch.channels_last_3d)
         self.dit, self.text = parts.new_dit().to(device), parts.new_text_encoder().to(device)
         self.average = nn.ModuleList([copy.deepcopy(m) for m in (self.dit, self.text)]).requires_grad_(False)
         self.tokenizer = parts.new_tokenizer()
@@ -106,6 +123,7 @@ class Trainer:
         self.fast: Any = None
         if self.state_path.exists():
             self._load()
+        self._take_statistics()
 
     @property
     def state_path(self) -> Path:
@@ -124,7 +142,13 @@ class Trainer:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        where = {"phase": str(self.phase), "step": str(self.step), "losses": json.dumps(self.losses)}
+        statistics = [self.vae.config.latents_mean, self.vae.config.latents_std]
+        where = {
+            "phase": str(self.phase),
+            "step": str(self.step),
+            "losses": json.dumps(self.losses),
+            "statistics": json.dumps(statistics),
+        }
         new = self.state_path.with_suffix(".new")
         save_file({k: v.detach().contiguous().clone() for k, v in self._tensors().items()}, new, metadata=where)
         new.replace(self.state_path)
@@ -135,6 +159,8 @@ class Trainer:
             where, names = file.metadata(), list(file.keys())
             stored = {name: file.get_tensor(name) for name in names}
         self.phase, self.step, self.losses = int(where["phase"]), int(where["step"]), json.loads(where["losses"])
+        mean, std = json.loads(where["statistics"])
+        self.vae.register_to_config(latents_mean=mean, latents_std=std)
         for name, module in (("vae", self.vae), ("dit", self.dit), ("text", self.text), ("average", self.average)):
             prefix = f"{name}/"
             module.load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
@@ -149,38 +175,33 @@ class Trainer:
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents of clips."""
+        """Normalised latents of clips `UInt8[Tensor, "b 3 t h w"]`."""
         with torch.no_grad(), self.autocast():
-            latents = self.vae.encode(video).latent_dist.sample().float()
-        mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1) for v in self._statistics())
-        return (latents - mean) / std
+            latents = self.vae.encode(as_pixels(video)).latent_dist.sample().float()
+        return (latents - self.latent_mean) / self.latent_std
 
-    def _statistics(self) -> tuple[list[float], list[float]]:
-        return self.vae.config.latents_mean, self.vae.config.latents_std
+    def _take_statistics(self) -> None:
+        config = self.vae.config
+        self.latent_mean, self.latent_std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
 
     def measure_latents(self) -> None:
         """Mean and standard deviation of each channel, into the autoencoder's configuration."""
-        self.vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-        rng = random.Random(99)
-        captions = [draw_caption(rng) for _ in range(48)]
-        height, width = self.phases[-1].size
-        with torch.no_grad():
-            found = torch.cat(
-                [
-                    self.encode(draw_clips([c], parts.FRAMES, height, width, seed=i, device=self.device))
-                    for i, c in enumerate(captions)
-                ]
-            )
+        self.latent_mean, self.latent_std = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
+        clips = clip_batches(ClipDataset("statistics", parts.FRAMES, *self.phases[-1].size), 1, 0)
+        found = torch.cat([self.encode(next(clips).video.to(self.device)) for _ in range(STATISTICS_CLIPS)])
         mean, std = found.mean((0, 2, 3, 4)), found.std((0, 2, 3, 4))
         self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        self._take_statistics()
 
-    def embed(self, encoder: nn.Module, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Text embeddings `[B, 1, L, C]` and their mask."""
-        tokens = self.tokenizer(
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Token ids and mask of captions `Int64[Tensor, "b 2 l"]`, on the CPU."""
+        found = self.tokenizer(
             captions, padding="max_length", max_length=parts.TEXT_TOKENS, truncation=True, return_tensors="pt"
         )
-        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-        return encoder(ids, mask).last_hidden_state[:, None], mask
+        return torch.stack([found.input_ids, found.attention_mask], dim=1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.device.type != "cuda":
@@ -233,14 +254,14 @@ class Trainer:
 
     def _autoencoder_steps(self, phase: Phase) -> Iterator[dict[str, Tensor]]:
         parameters = list(self.vae.parameters())
-        frames = 1 + 4 * 3
+        height, width = phase.size
+        sizes = [(height, width), (height // 2, width // 2)]  # in turns: both are generated later
+        sources = [
+            clip_batches(ClipDataset(phase.name, parts.FRAMES, *size, window=13), phase.batch, self.step * phase.batch)
+            for size in sizes
+        ]
         while True:
-            rng = random.Random(self.step)
-            height, width = (side // (1 + self.step % 2) for side in phase.size)
-            captions = [draw_caption(rng) for _ in range(phase.batch)]
-            video = draw_clips(captions, parts.FRAMES, height, width, seed=self.step, device=self.device)
-            start = rng.randrange(parts.FRAMES - frames + 1)
-            video = video[:, :, start : start + frames]
+            video = as_pixels(next(sources[self.step % 2]).video.to(self.device, non_blocking=True))
             with self.autocast():
                 found = self.vae.encode(video).latent_dist
                 out = self.vae.decode(found.sample()).sample.float()
@@ -254,69 +275,72 @@ class Trainer:
         assert phase.policy is not None
         self.vae.requires_grad_(False)
         self._use(phase.policy)
-        height, width = phase.size
-        pool = ClipPool(self, phase, first=phase.pool + self.step * phase.new_clips)
+        pool = ClipPool(self, phase, self.step)
         parameters = [*self.dit.parameters(), *self.text.parameters()]
-        validation = self._validation_set(height, width)
+        held_out = next(clip_batches(ClipDataset("validation", parts.FRAMES, *phase.size), VALIDATION_CLIPS, 0))
+        validation = self._samples(held_out)
         while True:
-            latents, captions = pool.draw(self.step)
-            loss = self._loss(latents, captions, seed=self.step)
+            batch = pool.draw(self.step)
+            loss = self._loss(batch, seed=self.step)
             self._update("dit", phase, loss, parameters)
             with torch.no_grad():
-                kept = min(EMA, (1 + self.step) / (10 + self.step)) if self.phase == 1 else EMA
+                early = self.phases[self.phase - 1].policy is None  # the average follows faster at the very start
+                kept = min(EMA, (1 + self.step) / (10 + self.step)) if early else EMA
                 torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - kept)
             losses = {"loss": loss.detach()}
             if (self.step + 1) % VALIDATE_EVERY == 0 or self.step + 1 == phase.steps:
                 losses |= self._validate(validation, phase)
             yield losses
 
+    def _samples(self, clips: ClipBatch) -> Samples:
+        latents = torch.cat([self.encode(v[None].to(self.device, non_blocking=True)) for v in clips.video])
+        return Samples(
+            latents.to(torch.bfloat16),
+            clips.cover.to(self.device, non_blocking=True),
+            self.tokens(clips.captions).to(self.device, non_blocking=True),
+        )
+
     def _use(self, policy: BSAPolicy) -> None:
         if self.fast is None:
             self.fast = bsa_compile.optimize(self.dit, policy, backend=self.backend)
         self.fast.set_policy(policy)
 
-    def _loss(self, latents: Tensor, captions: list[str], seed: int) -> Tensor:
+    def _loss(self, batch: Samples, seed: int) -> Tensor:
         """Flow matching: predict data minus noise, at shifted logit-normal noise levels."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        count = len(latents)
+        count = len(batch.latents)
         level = torch.randn(count, generator=generator, device=self.device).sigmoid()
         level = parts.SHIFT * level / (1 + (parts.SHIFT - 1) * level)
-        noise = torch.randn(latents.shape, generator=generator, device=self.device)
-        return self._flow_error(latents, noise, level, captions).mean()
+        noise = torch.randn(batch.latents.shape, generator=generator, device=self.device)
+        return self._flow_error(batch, noise, level).mean()
 
-    def _flow_error(self, latents: Tensor, noise: Tensor, level: Tensor, captions: list[str]) -> Tensor:
-        """Mean squared error of each sample's predicted flow `[B]`."""
-        mix = level.view(-1, 1, 1, 1, 1)
+    def _flow_error(self, batch: Samples, noise: Tensor, level: Tensor) -> Tensor:
+        """Weighted mean squared error of each sample's predicted flow `[B]`."""
+        latents, mix = batch.latents.float(), level.view(-1, 1, 1, 1, 1)
+        ids, mask = batch.tokens.unbind(1)
         with self.autocast():
-            text, mask = self.embed(self.text, captions)
+            text = self.text(ids, mask).last_hidden_state[:, None]
             predicted = self.fast((1 - mix) * latents + mix * noise, 1000 * level, text, mask)
-        return (predicted.float() - (latents - noise)).square().flatten(1).mean(1)
+        weight = 1 + (SHAPE_WEIGHT - 1) * batch.cover.float()[:, None]
+        error = (predicted.float() - (latents - noise)).square() * weight
+        return error.flatten(1).sum(1) / (weight.expand_as(error).flatten(1).sum(1))
 
-    def _validation_set(self, height: int, width: int) -> tuple[Tensor, Tensor, list[str]]:
-        captions = sample_captions(VALIDATION_CLIPS, seed=-1)
-        video = draw_clips(captions, parts.FRAMES, height, width, seed=-1, device="cpu")
-        latents = torch.cat([self.encode(v[None].to(self.device)) for v in video])
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        return latents, noise, [c.text for c in captions]
-
-    def _validate(self, held_out: tuple[Tensor, Tensor, list[str]], phase: Phase) -> dict[str, Tensor]:
+    def _validate(self, held_out: Samples, phase: Phase) -> dict[str, Tensor]:
         """Loss on clips that training never saw, with both kinds of attention where the phase has the full size."""
-        latents, noise, captions = held_out
         found = {}
-        sides = {"dense": BSAPolicy.dense(), "block_sparse": SPARSE}
-        for name, policy in sides.items():
+        for name, policy in {"dense": BSAPolicy.dense(), "block_sparse": SPARSE}.items():
             if phase.scale != self.phases[-1].scale and name != "dense":
                 continue
             self._use(policy)
-            with torch.no_grad():
-                errors = []
-                for level in LEVELS:
-                    for i in range(0, len(latents), 8):
-                        piece = slice(i, i + 8)
-                        levels = torch.full((len(latents[piece]),), level, device=self.device)
-                        errors.append(self._flow_error(latents[piece], noise[piece], levels, captions[piece]))
-                found[f"validation_{name}"] = torch.cat(errors).mean()
+            errors = []
+            for seed, level in enumerate(LEVELS):
+                generator = torch.Generator(self.device).manual_seed(seed)
+                for start in range(0, len(held_out.latents), 8):
+                    batch = held_out.part(slice(start, start + 8))
+                    noise = torch.randn(batch.latents.shape, generator=generator, device=self.device)
+                    with torch.no_grad():
+                        errors.append(self._flow_error(batch, noise, torch.full_like(noise[:, 0, 0, 0, 0], level)))
+            found[f"validation_{name}"] = torch.cat(errors).mean()
         assert phase.policy is not None
         self._use(phase.policy)
         return found
@@ -330,44 +354,39 @@ class Trainer:
 
 
 class ClipPool:
-    """Latents of clips; some are replaced by newly drawn ones at every step.
+    """Encoded clips; in every step new ones take the place of the oldest.
 
     Args:
         trainer: encodes.
         phase: size, and how many.
-        first: number of the first clip to draw: every clip of a phase is drawn once, however often training stops.
+        step: where the phase stands: no clip is drawn twice, except those that are in the pool when training stops.
     """
 
-    def __init__(self, trainer: Trainer, phase: Phase, first: int) -> None:
-        self._trainer, self._phase, self._next = trainer, phase, first
-        self._latents: list[Tensor] = []
-        self._captions: list[str] = []
-        while len(self._latents) < phase.pool:
-            self._add()
+    def __init__(self, trainer: Trainer, phase: Phase, step: int) -> None:
+        self._trainer, self._phase = trainer, phase
+        self._next = step * phase.new_clips
+        dataset = ClipDataset(phase.name, parts.FRAMES, *phase.size)
+        # Filled in larger batches than are taken later.
+        filling = clip_batches(dataset, phase.new_clips * FILL, self._next)
+        pieces = [trainer._samples(next(filling)) for _ in range(math.ceil(phase.pool / (phase.new_clips * FILL)))]
+        self._samples = Samples(*(torch.cat(values)[: phase.pool] for values in zip(*pieces, strict=True)))
+        self._no_text = trainer.tokens([""]).to(trainer.device)
+        self._next += phase.pool
+        self._clips = clip_batches(dataset, phase.new_clips, self._next)
 
-    def _add(self) -> None:
-        rng = random.Random(f"{self._phase.name} {self._next}")
-        caption: Caption = draw_caption(rng)
-        height, width = self._phase.size
-        trainer = self._trainer
-        video = draw_clips([caption], parts.FRAMES, height, width, seed=rng.getrandbits(40), device=trainer.device)
-        latents = trainer.encode(video)[0].to(torch.bfloat16)
-        slot = self._next % self._phase.pool
-        if len(self._latents) < self._phase.pool:
-            self._latents.append(latents)
-            self._captions.append(caption.text)
-        else:
-            self._latents[slot], self._captions[slot] = latents, caption.text
-        self._next += 1
-
-    def draw(self, step: int) -> tuple[Tensor, list[str]]:
-        """A batch, after new clips have taken the place of old ones."""
-        for _ in range(self._phase.new_clips):
-            self._add()
-        rng = random.Random(f"{self._phase.name} batch {step}")
-        chosen = rng.sample(range(len(self._latents)), self._phase.batch)
-        captions = ["" if rng.random() < NO_TEXT else self._captions[i] for i in chosen]
-        return torch.stack([self._latents[i] for i in chosen]).float(), captions
+    def draw(self, step: int) -> Samples:
+        """A batch, after new clips have come in. The GPU never waits for the CPU here."""
+        phase, device = self._phase, self._trainer.device
+        fresh = self._trainer._samples(next(self._clips))
+        slots = slice(self._next % phase.pool, self._next % phase.pool + phase.new_clips)
+        for kept, new in zip(self._samples, fresh, strict=True):
+            kept[slots] = new[: len(kept[slots])]
+        self._next += phase.new_clips
+        generator = torch.Generator(device).manual_seed(step)
+        chosen = torch.randint(phase.pool, (phase.batch,), generator=generator, device=device)
+        batch = Samples(*(values[chosen] for values in self._samples))
+        silent = torch.rand(phase.batch, 1, 1, generator=generator, device=device) < NO_TEXT
+        return batch._replace(tokens=torch.where(silent, self._no_text, batch.tokens))
 
 
 def main() -> None:

@@ -45,15 +45,35 @@ def draw_clips(
         `Float32[Tensor, "b 3 t h w"]` in [-1, 1].
     """
     rng = random.Random(seed)
-    return torch.stack([_draw(c, num_frames, height, width, rng, torch.device(device)) for c in captions])
+    return torch.stack([draw_clip(c, num_frames, height, width, rng, device=device)[0] for c in captions])
 
 
-def _draw(caption: Caption, frames: int, height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
-    short = min(height, width)
+def draw_clip(
+    caption: Caption,
+    num_frames: int,
+    height: int,
+    width: int,
+    rng: random.Random,
+    *,
+    frames: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Draw one clip, or some frames of it.
+
+    Args:
+        caption, num_frames, height, width, device: as in `draw_clips`.
+        rng: chooses what the caption leaves open.
+        frames: which of the frames to draw.
+
+    Returns:
+        `Float32[Tensor, "3 t h w"]` in [-1, 1], and how much of each pixel the shape covers,
+        `Float32[Tensor, "t h w"]`.
+    """
+    device = torch.device(device)
     low, high = SIZES[caption.size]
-    radius = rng.uniform(low, high) * short  # in pixels, as all that follows
-    time = torch.linspace(0, 1, frames, device=device)
-    centre, angle = _path(caption, time, radius, height, width, rng)
+    radius = rng.uniform(low, high) * min(height, width)  # in pixels, as all that follows
+    time = torch.linspace(0, 1, num_frames, device=device)
+    centre, angle = (values[frames] for values in _path(caption, time, radius, height, width, rng))
     ys = torch.arange(height, device=device).view(1, -1, 1) + 0.5
     xs = torch.arange(width, device=device).view(1, 1, -1) + 0.5
     dy, dx = ys - centre[:, 0].view(-1, 1, 1), xs - centre[:, 1].view(-1, 1, 1)
@@ -64,9 +84,9 @@ def _draw(caption: Caption, frames: int, height: int, width: int, rng: random.Ra
     # Lighter at the upper left, darker at the rim: a shape stands out from its background.
     light = 1 - 0.05 * (dx + dy) / radius - 0.25 * (1 + distance / 3).clamp(0, 1)
     colour = torch.tensor(COLOURS[caption.colour], device=device).view(3, 1, 1, 1) / 255
-    background = _background(caption.background, frames, height, width, rng, device)
+    background = _background(caption.background, time[frames], height, width, rng)
     video = background * (1 - mask) + (colour * light).clamp(0, 1) * mask
-    return video * 2 - 1
+    return video * 2 - 1, mask
 
 
 def _path(
@@ -133,8 +153,9 @@ def _distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     return ((along - 1) * edge[1] - across * edge[0]) / length
 
 
-def _background(name: str, frames: int, height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
-    """`Float32[Tensor, "3 1|t h w"]` in [0, 1]."""
+def _background(name: str, time: Tensor, height: int, width: int, rng: random.Random) -> Tensor:
+    """`Float32[Tensor, "3 1|t h w"]` in [0, 1], at times `[T]` in [0, 1]."""
+    device = time.device
     scale = min(height, width)
     ys = torch.arange(height, device=device).view(1, -1, 1) / scale
     xs = torch.arange(width, device=device).view(1, 1, -1) / scale
@@ -145,8 +166,8 @@ def _background(name: str, frames: int, height: int, width: int, rng: random.Ran
     elif name == "sand":
         mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (6 * ys + 0.8 * noise + phase))
     elif name == "water":
-        time = torch.linspace(0, 1, frames, device=device).view(-1, 1, 1)
-        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (5 * ys + 0.35 * torch.sin(4 * xs + phase) + noise + time))
+        waves = 5 * ys + 0.35 * torch.sin(4 * xs + phase) + noise + time.view(-1, 1, 1)
+        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * waves)
     elif name == "bricks":
         row = (ys * 7 + phase).floor()
         joint_y = ((ys * 7 + phase) % 1 - 0.5).abs()
