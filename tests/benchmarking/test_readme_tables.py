@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from bsa_compile.benchmarking.compare import Case, Run, compare
 from bsa_compile.benchmarking.problem import Setting
+from tests.benchmarking.support import script as script_of
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "readme_tables.py"
 PAGE = "before\n<!-- results: peers.json | one -->\nold\n<!-- end of results -->\nafter\n"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("readme_tables")
 
 
 def test_the_readme_is_what_its_results_give(script):

@@ -1,0 +1,51 @@
+"""Results of whole models as Markdown, made from their JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def markdown_rows(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the header first; the first `left` columns are text, the rest are figures."""
+    header, *body = rows
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def dit_step(data: Mapping[str, Any]) -> str:
+    """What `benchmarks/dit_step.py` wrote."""
+    refine, model = data["refine"], data["model"]
+    stage = f"refinement, {refine['steps']} steps (extrapolated)"
+    rows = [("grid", "attention", "s a step", "dense takes", "peak GiB", "beyond weights", stage)]
+    for cell in data["cells"]:
+        ratio, peak, beyond = (cell.get(key) for key in ("dense_takes", "peak_gib", "beyond_weights_gib"))
+        rows.append(
+            (
+                f"{'x'.join(map(str, cell['grid']))}, {cell['tokens']:,} tokens",
+                "dense" if cell["sparsity"] is None else f"sparsity {cell['sparsity']:g}",
+                f"{cell['median_s']:.2f}",
+                "" if ratio is None or cell["sparsity"] is None else f"{ratio:.2f}x",
+                "" if peak is None else f"{peak:.1f}",
+                "" if beyond is None else f"{beyond:.1f}",
+                _duration(cell["refine_extrapolated_s"]),
+            )
+        )
+    about = (
+        f"One step of a compiled DiT of {model['depth']} blocks, {model['parameters'] / 1e9:.1f} B parameters "
+        f"({model['weights_gib']:.1f} GiB, {model['dtype']}; {model['weights']}), {data['text_tokens']} text tokens, "
+        f"batch 1; medians of {data['repeats']}. The refinement's time was not measured: it is a step's, times the "
+        f"{refine['steps']} steps that it runs of a schedule of {refine['schedule_steps']}, without VAE and text "
+        "encoder."
+    )
+    return f"{markdown_rows(rows, left=2)}\n\n{about}"
+
+
+def _duration(seconds: float) -> str:
+    """At most two units: 45 s, 5 min 7 s, 1 h 2 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if whole >= 10 else f"{seconds:.1f} s"
+    big, small, units = (*divmod(whole, 60), "min s") if whole < 3600 else (*divmod(round(whole / 60), 60), "h min")
+    first, second = units.split()
+    return f"{big} {first} {small} {second}" if small else f"{big} {first}"
