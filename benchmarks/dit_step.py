@@ -15,9 +15,7 @@ its number of steps times the time of one.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,9 +28,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
 import bsa_compile
+from bsa_compile.benchmarking import results
 from bsa_compile.benchmarking.dit import TEXT_TOKENS, WEIGHTS, dense_kernel, fastest_dense, random_inputs, random_model
-from bsa_compile.commands import common
-from bsa_compile.files import check_writable, write_text
+from bsa_compile.commands import common, console
+from bsa_compile.errors import UsageError
+from bsa_compile.files import check_writable
 from bsa_compile.pipelines.longcat import sampling
 from bsa_compile.timing import measure, timed
 
@@ -86,26 +86,8 @@ def put(data: dict[str, Any], cell: dict[str, Any]) -> None:
     def key(one: dict[str, Any]) -> tuple[int, list[int], float]:
         return one["tokens"], one["grid"], -1.0 if one["sparsity"] is None else one["sparsity"]
 
-    data["cells"] = sorted([*(one for one in data["cells"] if key(one) != key(cell)), cell], key=key)
+    data["cells"] = results.put_row(data["cells"], cell, key)
     derive(data)
-
-
-def keep_earlier(data: dict[str, Any], path: Path | None) -> None:
-    """Take over the cells of an earlier run from the file that will be written.
-
-    Raises:
-        SystemExit: the file is of another device, other versions or another model.
-    """
-    if path is None or not path.exists():
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("kind", "device", "versions", "model", "text_tokens", "refine", "repeats"):
-        if earlier.get(name) != data[name]:
-            sys.exit(
-                f"--json must name a new file or one of the same {name}, got {path} with {earlier.get(name)!r} instead "
-                f"of {data[name]!r}. Choose another file."
-            )
-    data["cells"] = earlier["cells"]
 
 
 def release(device: torch.device) -> None:
@@ -189,7 +171,7 @@ def run(data: dict[str, Any], model: Any, grids: Sequence[Any], sparsities: Sequ
                 cell |= measure_step(model, inputs, data["repeats"])
                 put(data, cell)
                 if path is not None:
-                    write_text(path, json.dumps(data, indent=1) + "\n")
+                    console.put_json(data, str(path))
                 print(f"{name}: {told(cell)}", flush=True)
             del inputs
 
@@ -226,10 +208,7 @@ def main() -> None:
     print(f"{common.device_line(device)}; making the model ...", flush=True)
     plain = random_model(device, depth=options.depth)
     data: dict[str, Any] = {
-        "kind": "dit_step",
-        "date": datetime.date.today().isoformat(),
-        "device": common.describe_device(device),
-        "versions": common.versions(),
+        **results.header("dit_step", device),
         "model": describe_model(plain),
         "text_tokens": TEXT_TOKENS,
         "repeats": options.repeats,
@@ -238,11 +217,14 @@ def main() -> None:
         "times a step, without VAE and text encoder.",
         "cells": [],
     }
-    keep_earlier(data, options.json)
+    results.keep_earlier(data, options.json, "cells", ("model", "text_tokens", "refine", "repeats"))
     # Sizes are static, as in the pipeline: a second grid would be compiled for symbolic ones otherwise.
     model = bsa_compile.optimize(plain, bsa_compile.BSAPolicy(), dynamic=False)
     run(data, model, options.grid or GRIDS, options.sparsity or SPARSITIES, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(str(error))

@@ -67,18 +67,6 @@ def test_ratios_and_the_extrapolation(bench):
     assert [c["dense_takes"] for c in data["cells"]] == [1.0, 2.0, 3.0, 1.0]
 
 
-def test_a_second_run_adds_to_the_file_of_the_first(bench, tmp_path):
-    path = tmp_path / "step.json"
-    first, second, other = new(), new(), new(repeats=2)
-    bench.keep_earlier(first, path)
-    bench.put(first, cell((24, 44, 80), None, 12.0))
-    path.write_text(json.dumps(first))
-    bench.keep_earlier(second, path)
-    assert second["cells"] == first["cells"]
-    with pytest.raises(SystemExit, match=r"of the same repeats, got .* with 1 instead of 2"):
-        bench.keep_earlier(other, path)
-
-
 def test_cells_share_one_model_and_blocks_share_their_code(bench, tmp_path, capsys):
     model = bsa_compile.optimize(dit.random_model(CPU, depth=6, **TINY), dynamic=False, backend="eager")
     assert next(model.parameters()).dtype == torch.bfloat16
