@@ -31,7 +31,7 @@ import bsa_compile
 from bsa_compile.benchmarking import results
 from bsa_compile.benchmarking.dit import TEXT_TOKENS, WEIGHTS, dense_kernel, fastest_dense, random_inputs, random_model
 from bsa_compile.commands import common, console
-from bsa_compile.errors import UsageError
+from bsa_compile.errors import BSACompileError, UsageError, must
 from bsa_compile.files import check_writable
 from bsa_compile.pipelines.longcat import sampling
 from bsa_compile.timing import measure, timed
@@ -143,27 +143,34 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
-def run(data: dict[str, Any], model: Any, grids: Sequence[Any], sparsities: Sequence[float], path: Path | None) -> None:
+def run(
+    data: dict[str, Any],
+    model: Any,
+    grids: Sequence[tuple[int, int, int]],
+    policies: Sequence[bsa_compile.BSAPolicy],
+    path: Path | None,
+) -> None:
     """Measure all cells, grid after grid, dense first; say so and write the JSON after each.
 
     Args:
         data: what will be written; cells are added to it.
         model: as `bsa_compile.optimize` gave it.
         grids: (t, h, w) of the tokens.
-        sparsities: of the block-sparse cells.
+        policies: of the block-sparse cells; they differ in sparsity.
         path: the JSON file, if any.
     """
     with torch.no_grad(), fastest_dense():
         for grid in grids:
             inputs = random_inputs(model, grid, data["text_tokens"])
             tokens = grid[0] * grid[1] * grid[2]
-            for sparsity in (None, *sparsities):
+            for policy in (None, *policies):
+                sparsity = None if policy is None else policy.sparsity
                 name = f"{'x'.join(map(str, grid))}, {'dense' if sparsity is None else f'sparsity {sparsity:g}'}"
                 print(f"{name}: compiling and measuring ...", flush=True)
-                if sparsity is None:
+                if policy is None:
                     model.disable_bsa()
                 else:
-                    model.set_policy(bsa_compile.BSAPolicy(sparsity=sparsity))
+                    model.set_policy(policy)
                     model.enable_bsa()
                 cell: dict[str, Any] = {"grid": list(grid), "tokens": tokens, "sparsity": sparsity}
                 if sparsity is None:
@@ -200,6 +207,9 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=1.0, help="of the scheduler; decides the refinement's steps")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.repeats < 1:
+        raise UsageError(must("--repeats", "be at least 1", options.repeats))
+    chosen = [bsa_compile.BSAPolicy(sparsity=s) for s in options.sparsity or SPARSITIES]
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
     if options.json is not None:
@@ -220,11 +230,11 @@ def main() -> None:
     results.keep_earlier(data, options.json, "cells", ("model", "text_tokens", "refine", "repeats"))
     # Sizes are static, as in the pipeline: a second grid would be compiled for symbolic ones otherwise.
     model = bsa_compile.optimize(plain, bsa_compile.BSAPolicy(), dynamic=False)
-    run(data, model, options.grid or GRIDS, options.sparsity or SPARSITIES, options.json)
+    run(data, model, options.grid or GRIDS, chosen, options.json)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except UsageError as error:
+    except BSACompileError as error:
         sys.exit(str(error))

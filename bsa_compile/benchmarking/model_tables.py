@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-
-def markdown_rows(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the header first; the first `left` columns are text, the rest are figures."""
-    header, *body = rows
-    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from .tables import joined, markdown_rows
 
 
 def dit_step(data: Mapping[str, Any]) -> str:
@@ -22,7 +17,7 @@ def dit_step(data: Mapping[str, Any]) -> str:
         ratio, peak, beyond = (cell.get(key) for key in ("dense_takes", "peak_gib", "beyond_weights_gib"))
         rows.append(
             (
-                f"{'x'.join(map(str, cell['grid']))}, {cell['tokens']:,} tokens",
+                f"{joined(cell['grid'])}, {cell['tokens']:,} tokens",
                 "dense" if cell["sparsity"] is None else f"sparsity {cell['sparsity']:g}",
                 f"{cell['median_s']:.2f}",
                 "" if ratio is None or cell["sparsity"] is None else f"{ratio:.2f}x",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bsa_compile
+from bsa_compile import BSAPolicy
 from bsa_compile.benchmarking import dit, model_tables
 from bsa_compile.pipelines.longcat import sampling
 from tests.benchmarking.support import script
@@ -71,7 +72,7 @@ def test_cells_share_one_model_and_blocks_share_their_code(bench, tmp_path, caps
     model = bsa_compile.optimize(dit.random_model(CPU, depth=6, **TINY), dynamic=False, backend="eager")
     assert next(model.parameters()).dtype == torch.bfloat16
     data, path = new(), tmp_path / "step.json"
-    bench.run(data, model, [(4, 8, 8), (8, 8, 8)], [0.5, 0.75], path)
+    bench.run(data, model, [(4, 8, 8), (8, 8, 8)], [BSAPolicy(sparsity=s) for s in (0.5, 0.75)], path)
     cells = json.loads(path.read_text())["cells"]
     assert cells == data["cells"]
     assert [(c["tokens"], c["sparsity"]) for c in cells] == [(n, s) for n in (256, 512) for s in (None, 0.5, 0.75)]

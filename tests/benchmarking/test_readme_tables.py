@@ -44,6 +44,22 @@ def test_a_table_of_a_comparison(script, tmp_path, monkeypatch, capsys):
     assert page.read_text() == new
 
 
+@pytest.mark.parametrize("kind", ["dit_step", "quality"])
+def test_a_table_of_a_whole_model(script, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(script.model_tables, kind, lambda data: f"| {data['kind']} |\n\nWords.")
+    about = {"versions": {"torch": "2", "triton": None}, "device": {"name": "a GPU"}, "date": "today"}
+    (tmp_path / "found.json").write_text(json.dumps({"kind": kind, **about}))
+    page = "<!-- results: found.json -->\n<!-- end of results -->\n"
+    wanted = f"| {kind} |\n\nWords. a GPU, today; torch 2 ([figures](benchmarks/results/found.json)).\n"
+    assert script.rewritten(page, tmp_path) == page.replace(">\n<", f">\n{wanted}<")
+
+
+def test_a_table_of_kernels(script):
+    found = script.table(script.RESULTS, "2026-11-23-h100-attend.json", None).splitlines()
+    assert found[:2] == ["| what | ms | TFLOP/s | dense cuDNN takes |", "|---|---:|---:|---:|"]
+    assert all(line.count("|") == 5 for line in found[2:-2])
+
+
 def test_what_a_marker_names_must_be_there(script, tmp_path):
     with pytest.raises(SystemExit, match=r"names 'peers.json', which is not in"):
         script.rewritten(PAGE, tmp_path)
