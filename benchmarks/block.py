@@ -12,54 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
 import bsa_compile
-from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
+from bsa_compile.benchmarking.dit import fastest_dense, random_inputs, random_model
+from bsa_compile.timing import measure as measure_time
 
 GRIDS = ((24, 44, 80), (48, 44, 80))
-TEXT_TOKENS = 512
-
-
-def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of a call's time on the device."""
-    times = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
 
 
 def run_model(depth: int, grid: tuple[int, int, int], sparsity: float, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds and peak memory of a model of `depth` blocks, by side."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LongCatVideoTransformer3DModel(depth=depth).to(torch.bfloat16).eval()
-        for parameter in model.parameters():  # random everywhere: the released weights have no zeros either
-            torch.nn.init.normal_(parameter, std=0.02)
-        frames, height, width = grid
-        inputs = {
-            "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width, dtype=torch.bfloat16),
-            "timestep": torch.full((1,), 500.0),
-            "encoder_hidden_states": torch.randn(1, 1, TEXT_TOKENS, 4096, dtype=torch.bfloat16),
-        }
+    device = torch.device("cuda")
+    model = random_model(device, depth=depth)
+    inputs = random_inputs(model, grid)
     fast = bsa_compile.optimize(model, bsa_compile.BSAPolicy(sparsity=sparsity))
     sides: dict[str, dict[str, float]] = {}
-    with torch.no_grad(), sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+    with torch.no_grad(), fastest_dense():
         for name, switch in (("dense", fast.disable_bsa), ("block_sparse", fast.enable_bsa)):
             switch()
             fast(**inputs)  # compiles
@@ -69,7 +45,8 @@ def run_model(depth: int, grid: tuple[int, int, int], sparsity: float, repeats: 
             fast(**inputs)
             torch.cuda.synchronize()
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            sides[name] = {"ms": milliseconds(lambda: fast(**inputs), repeats), "peak_gib": peak}
+            ms = 1e3 * measure_time(lambda: fast(**inputs), device, repeats).median
+            sides[name] = {"ms": ms, "peak_gib": peak}
     return sides
 
 

@@ -3,7 +3,8 @@
     python benchmarks/readme_tables.py           # rewrite what stands between the markers
     python benchmarks/readme_tables.py --check   # exit with 1 if that would change anything
 
-A marker names a file, and a case of it if it is a comparison with peers:
+A marker names a file, and a case of it if it is a comparison with peers; files of `benchmarks/attend.py`, `dit_step.py`
+and `quality.py` have one table each:
 
     <!-- results: 2026-01-31-h100-peers.json | tile 4x4x4, gate lists -->
     (made by this script)
@@ -21,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-from bsa_compile.benchmarking import tables
+from bsa_compile.benchmarking import model_tables, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,31 +46,38 @@ def table(results: Path, file: str, case: str | None) -> str:
         data = json.loads((results / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         sys.exit(f"a marker names {file!r}, which is not in {results}")
+    made = {"dit_step": model_tables.dit_step, "quality": model_tables.quality}.get(data.get("kind"))
+    if made is not None:
+        return f"{made(data)} {source(data, file)}"
     if "cases" not in data:
         return kernels_table(data, file)
     entry = next((entry for entry in data["cases"] if entry["name"] == case), None)
     if entry is None:
         names = "; ".join(entry["name"] for entry in data["cases"])
         sys.exit(f"a marker names the case {case!r}, which {file!r} has not. Its cases: {names}")
+    return f"{tables.markdown(data, entry)}\n\n{data['legend']} {source(data, file)}"
+
+
+def source(data: dict[str, Any], file: str) -> str:
+    """Where, when and with what it was measured."""
     versions = ", ".join(
         f"{name} {v}" for name, v in data["versions"].items() if v and name not in ("platform", "numpy")
     )
-    source = f"{data['device']['name']}, {data['date']}; {versions} ([figures]({link(file)}))."
-    return f"{tables.markdown(data, entry)}\n\n{data['legend']} {source}"
+    return f"{data['device']['name']}, {data['date']}; {versions} ([figures]({link(file)}))."
 
 
 def kernels_table(data: dict[str, Any], file: str) -> str:
     """Markdown of what `benchmarks/attend.py` wrote."""
     setting = data["setting"]
     grid, tile = ("x".join(map(str, setting[name])) for name in ("grid", "tile"))
-    lines = ["| what | ms | TFLOP/s | dense cuDNN takes |", "|---|---:|---:|---:|"]
+    lines = [("what", "ms", "TFLOP/s", "dense cuDNN takes")]
     for name, row in data["times"].items():
         cells = (f"{row[key]:{form}}" if key in row else "" for key, form in (("tflops", ".0f"), ("speedup", ".1f")))
         tflops, speedup = cells
-        lines.append(f"| {name} | {row['ms']:.2f} | {tflops} | {speedup + 'x' if speedup else ''} |")
+        lines.append((name, f"{row['ms']:.2f}", tflops, speedup + "x" if speedup else ""))
     about = f"{setting['device']}, torch {setting['torch']}, triton {setting['triton']}; grid {grid}, tile {tile}"
     about += f", {setting['heads']} heads of {setting['head_dim']}, {setting['kept_tiles']} tiles kept"
-    return "\n".join([*lines, "", f"{about} ([figures]({link(file)}))."])
+    return f"{tables.markdown_rows(lines)}\n\n{about} ([figures]({link(file)}))."
 
 
 def link(file: str) -> str:

@@ -23,7 +23,7 @@ LAYERS = (
     ("passes", "module_tree", "context", "adapters"),
     ("backend", "plain_errors", "runtime", "api"),
     ("parallel", "exporting", "pipelines"),
-    ("timing", "capture", "structured", "viz", "benchmarking", "commands", "cli", "__main__"),
+    ("timing", "metrics", "capture", "structured", "viz", "benchmarking", "commands", "cli", "__main__"),
 )
 
 

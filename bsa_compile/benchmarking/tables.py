@@ -25,9 +25,9 @@ def heading(entry: Mapping[str, Any]) -> str:
     """What was measured, in one line, with the share of blocks that neighbours have in common."""
     share = entry["shared_fraction"]
     shared = "" if share is None else f", w-neighbours share {100 * share:.0f}% of their blocks"
-    sizes = f"{entry['tokens']:,} tokens ({_x(entry['grid'])}), {entry['heads']} heads of {entry['head_dim']}"
+    sizes = f"{entry['tokens']:,} tokens ({joined(entry['grid'])}), {entry['heads']} heads of {entry['head_dim']}"
     kept = f"{entry['kept_tiles']} of {entry['num_tiles']} tiles kept"
-    return f"tile {_x(entry['tile'])}, {entry['lists']} lists{shared}; {sizes}, {entry['dtype']}, {kept}"
+    return f"tile {joined(entry['tile'])}, {entry['lists']} lists{shared}; {sizes}, {entry['dtype']}, {kept}"
 
 
 def rows(entry: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -72,14 +72,27 @@ def speedups(data: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, flo
 
 def markdown(data: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     """A case as a Markdown table with what stands beside it."""
-    header, *body = rows(entry)
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
-    text = [f"**{heading(entry)}**", "", *lines]
+    text = [f"**{heading(entry)}**", "", markdown_rows(rows(entry))]
     faster = speedups(data, entry)
     if faster:
         text += ["", "Whole op against " + ", ".join(f"{name}: {ratio:.1f}x" for name, ratio in faster.items()) + "."]
     return "\n".join(text)
+
+
+def markdown_rows(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the header first; the first `left` columns are text, the rest are figures."""
+    header, *body = rows
+    rule = "|---" * left + "|---:" * (len(header) - left) + "|"
+    return "\n".join([_line(header), rule, *map(_line, body)])
+
+
+def joined(sizes: Sequence[int]) -> str:
+    """4x4x8."""
+    return "x".join(map(str, sizes))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _timed(found: Mapping[str, Any]) -> bool:
@@ -88,7 +101,3 @@ def _timed(found: Mapping[str, Any]) -> bool:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _x(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))

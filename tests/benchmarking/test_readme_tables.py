@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from bsa_compile.benchmarking.compare import Case, Run, compare
 from bsa_compile.benchmarking.problem import Setting
+from tests.benchmarking.support import script as script_of
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "readme_tables.py"
 PAGE = "before\n<!-- results: peers.json | one -->\nold\n<!-- end of results -->\nafter\n"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("readme_tables")
 
 
 def test_the_readme_is_what_its_results_give(script):
@@ -47,6 +42,22 @@ def test_a_table_of_a_comparison(script, tmp_path, monkeypatch, capsys):
     assert page.read_text() == PAGE
     assert script.main(["--file", str(page)]) == 0
     assert page.read_text() == new
+
+
+@pytest.mark.parametrize("kind", ["dit_step", "quality"])
+def test_a_table_of_a_whole_model(script, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(script.model_tables, kind, lambda data: f"| {data['kind']} |\n\nWords.")
+    about = {"versions": {"torch": "2", "triton": None}, "device": {"name": "a GPU"}, "date": "today"}
+    (tmp_path / "found.json").write_text(json.dumps({"kind": kind, **about}))
+    page = "<!-- results: found.json -->\n<!-- end of results -->\n"
+    wanted = f"| {kind} |\n\nWords. a GPU, today; torch 2 ([figures](benchmarks/results/found.json)).\n"
+    assert script.rewritten(page, tmp_path) == page.replace(">\n<", f">\n{wanted}<")
+
+
+def test_a_table_of_kernels(script):
+    found = script.table(script.RESULTS, "2026-11-23-h100-attend.json", None).splitlines()
+    assert found[:2] == ["| what | ms | TFLOP/s | dense cuDNN takes |", "|---|---:|---:|---:|"]
+    assert all(line.count("|") == 5 for line in found[2:-2])
 
 
 def test_what_a_marker_names_must_be_there(script, tmp_path):
