@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from bsa_compile.errors import UsageError, must
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (225, 30, 40),
@@ -80,6 +83,43 @@ def sample_captions(n: int, seed: int) -> list[Caption]:
     """n captions; the same seed gives the same ones, and the first of them whatever n is."""
     rng = random.Random(seed)
     return [draw_caption(rng) for _ in range(n)]
+
+
+def parse_caption(text: str) -> Caption:
+    """Read a caption back: which of the tables' words and phrases a text has, in any order and case.
+
+    Words that no caption has are passed over.
+
+    Args:
+        text: becomes the caption's text as it is.
+
+    Raises:
+        UsageError: the text names no colour, shape, motion or background, or more than one of a kind.
+    """
+    words = f" {' '.join(re.findall('[a-z]+', text.lower()))} "
+
+    tables: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+        "colour": {colour: (colour,) for colour in COLOURS},
+        "shape": SHAPES,
+        "motion": MOTIONS,
+        "background": {background: (background,) for background in BACKGROUNDS},
+        "size": {size: (size,) for size in SIZES if size},
+    }
+    found = {
+        kind: [key for key, phrases in table.items() if any(f" {phrase} " in words for phrase in phrases)]
+        for kind, table in tables.items()
+    }
+    missing = [kind for kind, keys in found.items() if not keys and kind != "size"]
+    if missing:
+        known = (
+            (kind, ", ".join(phrase for phrases in tables[kind].values() for phrase in phrases)) for kind in missing
+        )
+        todo = " ".join(f"{kind.capitalize()}s are: {phrases}." for kind, phrases in known)
+        raise UsageError(must("caption", f"name a {', a '.join(missing)}", repr(text), todo))
+    twice = [f"{kind} ({', '.join(keys)})" for kind, keys in found.items() if len(keys) > 1]
+    if twice:
+        raise UsageError(must("caption", "name one of each kind", f"more than one {' and '.join(twice)} in {text!r}"))
+    return Caption(text, **{kind: keys[0] for kind, keys in found.items() if keys})
 
 
 def vocabulary() -> list[str]:

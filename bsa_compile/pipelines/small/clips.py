@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bsa_compile.pipelines.small.captions import COLOURS, ROUND, SIZES, Caption
 
-# Backgrounds: two colours between which a texture mixes. Dull, so that no shape's colour is near.
-_PALETTES = {
+PALETTES = {
     "grass": ((70, 100, 55), (100, 125, 75)),
     "sand": ((185, 165, 125), (205, 187, 150)),
     "water": ((75, 115, 130), (105, 145, 158)),
@@ -21,6 +20,7 @@ _PALETTES = {
     "wood": ((105, 78, 55), (135, 104, 78)),
     "stone": ((88, 88, 92), (122, 122, 126)),
 }
+"""Background -> the two colours between which its texture mixes. Dull, so that no shape's colour is near."""
 
 
 def draw_clips(
@@ -79,10 +79,10 @@ def draw_clip(
     dy, dx = ys - centre[:, 0].view(-1, 1, 1), xs - centre[:, 1].view(-1, 1, 1)
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
-    distance = _distance(caption.shape, u, v) * radius  # [T, H, W], negative inside
-    mask = (0.5 - distance).clamp(0, 1)
+    outside = distance(caption.shape, u, v) * radius  # [T, H, W], negative inside
+    mask = (0.5 - outside).clamp(0, 1)
     # Lighter at the upper left, darker at the rim: a shape stands out from its background.
-    light = 1 - 0.05 * (dx + dy) / radius - 0.25 * (1 + distance / 3).clamp(0, 1)
+    light = 1 - 0.05 * (dx + dy) / radius - 0.25 * (1 + outside / 3).clamp(0, 1)
     colour = torch.tensor(COLOURS[caption.colour], device=device).view(3, 1, 1, 1) / 255
     background = _background(caption.background, time[frames], height, width, rng)
     video = background * (1 - mask) + (colour * light).clamp(0, 1) * mask
@@ -127,7 +127,7 @@ def _path(
     return torch.stack([y, x], dim=1), turn
 
 
-def _distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
+def distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     """Signed distance to a shape of radius 1, negative inside; near its rim exact up to a small factor."""
     r = (u.square() + v.square()).sqrt()
     if shape == "ball":
@@ -177,7 +177,7 @@ def _background(name: str, time: Tensor, height: int, width: int, rng: random.Ra
         mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (5 * xs + 1.2 * noise + phase)) * (1 + 0 * ys)
     else:
         mix = 0.5 + 0.9 * noise
-    dark, bright = (torch.tensor(c, device=device).view(3, 1, 1, 1) / 255 for c in _PALETTES[name])
+    dark, bright = (torch.tensor(c, device=device).view(3, 1, 1, 1) / 255 for c in PALETTES[name])
     return dark + (bright - dark) * mix.clamp(0, 1)
 
 
