@@ -91,24 +91,25 @@ def test_loss_and_gradients_are_those_of_the_reference(backend, cond, scale):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_a_lora_alone_is_trained_against_the_model_without_it(backend, checkpointing):
-    if backend == "inductor" and not checkpointing:
-        pytest.skip("inductor compiles slowly: the other one stands for it")
-    model = make_longcat()
+def test_a_lora_alone_is_trained_against_the_model_without_it(backend):
+    model, teacher = make_longcat(), make_longcat()
     student, parameters = student_with_lora(model, backend)
-    student.gradient_checkpointing = checkpointing
-    got = gradients(parameters, distillation_loss(student, CLEAN, TEXT, MASK, **GIVEN))
-    assert all(p.grad is None for p in model.parameters())
-    teacher = make_longcat()
+    own = None
+    if (
+        backend == "inductor"
+    ):  # which compiles slowly: the dense model is left out, and no block differs in what is given
+        own = teacher
+        model.x_embedder.requires_grad_(True)
+    got = gradients(parameters, distillation_loss(student, CLEAN, TEXT, MASK, **GIVEN, teacher=own))
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("x_embedder"))
     model.enable_loras(["sparse"])
     check_gradients(got, gradients(parameters, expected_loss(model, teacher).mean()))
-    assert len(student.report.rewritten) > 0
+    assert len(student.report.rewritten) == 2
 
 
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_checkpointing_keeps_less_and_gives_the_same_gradients(regional):
-    student, parameters = student_with_lora(make_longcat(), "aot_eager", regional=regional)
+    student, parameters = student_with_lora(make_longcat(), "aot_eager" if regional else "eager", regional=regional)
     kept, results = [], []
     for student.gradient_checkpointing in (False, True):
         sizes = []
@@ -131,7 +132,7 @@ def test_training_lowers_the_loss_and_compiles_nothing_after_the_first_step(what
         teacher = bsa_compile.optimize(copy.deepcopy(model), POLICY, backend="eager")
         student = bsa_compile.optimize(model, POLICY, backend="eager")
         parameters = list(student.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    optimizer = torch.optim.Adam(parameters, lr=3e-3 if what == "lora" else 3e-4)
     losses = []
 
     def train(steps):
