@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,6 +215,42 @@ def test_refinement_in_time_makes_30_fps(pipe, watch, video, video_fps):
     assert watch.calls[-1].num_cond_latents == 4  # 10 frames are 4 latent ones
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distill": True},
+        {"policy": BSAPolicy(chunk_3d_shape_q=(4, 4, 4), chunk_3d_shape_k=(4, 4, 8))},
+        {"refine": True, "refine_steps": 2},
+        {"refine": True, "refine_steps": 2, "base_size": (16, 16)},
+        {"refine": True, "refine_steps": 2, "fps": 30},
+        {"task": "i2v"},
+    ],
+    ids=lambda v: "-".join(v) or "plain",
+)
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)], ids=str)
+def test_the_result_has_the_size_that_was_asked_for(pipe, image, size, options):
+    """Neither is a multiple of the patches' 16 pixels, nor of a tile's."""
+    options = {**options, **({"image": image} if "task" in options else {})}
+    asked = {**SMALL, "num_frames": 5, "num_inference_steps": 1, "height": size[0], "width": size[1]}
+    out = pipe(**asked, **options)
+    assert out.frames.shape == (10 if "fps" in options else 5, *size, 3)
+
+
+def test_a_pipeline_from_a_folder_and_a_configuration(folder):
+    """As the README of the pipeline has it; every stage's figures are in the report."""
+    config = LongCatPipelineConfig(enable_bsa=True, bsa_params={"sparsity": 0.75}, compile_backend="eager")
+    made = LongCatPipeline.from_pretrained(folder, config, device="cpu")
+    out = made(prompt="a red ball", height=32, width=48, num_frames=5, num_inference_steps=1)
+    assert out.frames.shape == (5, 32, 48, 3)
+    (stage,) = out.report["stages"]
+    assert stage["policy"]["sparsity"] == 0.75
+    assert stage["block_sparse_sites"] == len(stage["sites"]) == 2
+    assert stage["seconds"] > sum(stage["step_seconds"]) > 0
+    assert stage["peak_memory_bytes"] > 0
+    assert stage["effective_sparsity"] is not None
+
+
 def test_a_long_video_continues_its_segments(pipe, watch):
     out = pipe(**SMALL, num_segments=3, num_cond_frames=5)
     assert out.frames.shape == (9 + 2 * 4, 32, 48, 3)
@@ -247,6 +284,18 @@ def test_each_stage_runs_under_its_policy_and_says_so(pipe):
     assert refine["effective_sparsity"] == 0.5  # 1 of 2 tiles: at least one is kept
     assert refine["policy_source"] == "the mixed strategy"
     assert {site["role"] for site in refine["sites"]} == {"self"}
+
+
+def test_every_stage_that_runs_block_sparse_says_so_in_the_log(pipe, caplog):
+    with caplog.at_level(logging.INFO, "bsa_compile"):
+        pipe(**LARGE)
+        pipe(**SMALL, policy=BSAPolicy(sparsity=0.5))
+    base, refine, other = (record.getMessage() for record in caplog.records)
+    assert base == "Block Sparse Attention (BSA) is off (base: 9 frames of 16x48, by the mixed strategy)"
+    assert refine.startswith("Enabling Block Sparse Attention (BSA): sparsity=0.9375, ")
+    assert refine.endswith("(refine: 9 frames of 32x96, by the mixed strategy)")
+    assert other.startswith("Enabling Block Sparse Attention (BSA): sparsity=0.5, ")
+    assert other.endswith("(base: 9 frames of 32x48, by the policy argument)")
 
 
 def test_a_policy_for_the_base_stage(pipe, watch):

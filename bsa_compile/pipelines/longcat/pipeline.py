@@ -60,8 +60,7 @@ class Job:
         """One line for every kind of stage: its size, and what runs there by whose word."""
         lines: dict[str, str] = {}
         for stage, policy in zip(self.stages, self.policies, strict=True):
-            size = f"{stage.num_frames} frames of {stage.height}x{stage.width}"
-            lines.setdefault(stage.kind, f"{stage.kind}: {size}; attention: {policy.describe()}")
+            lines.setdefault(stage.kind, f"{stage.kind}: {stage.size}; attention: {policy.describe()}")
         return list(lines.values())
 
 
@@ -233,8 +232,6 @@ class LongCatPipeline:
             raise UsageError(must("checkpoint_every", "be an integer >= 1", repr(every)))
         if resume and checkpoint is None:
             raise UsageError(must("checkpoint", "be given with resume", None))
-        for line in job.describe():
-            log.info("%s", line)
         store = None if checkpoint is None else self._job_folder(Path(checkpoint), job, resume)
         if resume and store is not None and not store.found:
             log.warning("nothing to resume in %s: the job starts at the beginning", checkpoint)
@@ -269,7 +266,7 @@ class LongCatPipeline:
             kept = frames is not None
             steps = StepKeeper(store, index, every, stage, total, tell)
             if frames is None:
-                self.transformer.use(policy.policy)
+                self.transformer.use(policy.policy, f"{stage.name}: {stage.size}, {policy.by}")
                 say = sayer(index + 1, stage.name)
                 runner = StageRunner(
                     self.transformer,
