@@ -140,10 +140,11 @@ def test_parameters_stay_those_of_the_optimizer_and_keep_their_dtype():
     new_lora(model)
     before = model.lora_parameters("a")
     values = [p.detach().clone() for p in before]
+    layer = model.blocks[0].attn.proj
     model.to(torch.bfloat16)
+    assert any(layer.lora_terms[0].down is p for p in before)
     model.disable_all_loras()
     model.enable_loras(["a"])
-    layer = model.blocks[0].attn.proj
     assert any(layer.lora_terms[0].down is p for p in before)
     for now, p, value in zip(model.lora_parameters("a"), before, values, strict=True):
         assert now is p

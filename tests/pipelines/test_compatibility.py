@@ -17,7 +17,7 @@ import torch
 from bsa_compile import BSAPolicy
 from bsa_compile.distillation import distillation_loss
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
-from bsa_compile.pipelines.longcat import LongCatPipeline, prompts, sampling
+from bsa_compile.pipelines.longcat import LongCatPipeline, sampling
 
 from ..compile.support import CountCompiles, relative_error, run_reference
 from .conftest import EAGER
@@ -98,13 +98,8 @@ def reference_flow(folder, pipe, *loras, policy=POLICY):
     for name in loras:
         dit.load_lora(folder / "lora" / f"{name}.safetensors", name)
     dit.enable_loras(loras)
-    text = embedded(pipe)
+    text = pipe.encode_prompt("a red ball")
     return lambda x, t: run_reference(dit, policy, x, t, text.values, text.mask)
-
-
-def embedded(pipe, prompt="a red ball"):
-    parts = pipe._parts
-    return prompts.encode(parts.tokenizer, parts.text_encoder, prompt, 512, torch.float32)
 
 
 @torch.no_grad()
@@ -212,11 +207,11 @@ def test_a_block_sparse_distilled_run_is_that_of_the_reference(pipe, watch, unif
 @pytest.fixture
 def batch(pipe):
     """What a training step is given: latents that the VAE makes of videos, and embedded prompts."""
-    frames = np.random.default_rng(5).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
-    generator = torch.Generator().manual_seed(6)
-    clean = pipe._codec.encode(pipe._codec.resized(frames, 32, 48), generator)
-    text, negative = embedded(pipe), embedded(pipe, "blurry")
-    noise = torch.randn(clean.shape, generator=generator)
+    frames = np.random.default_rng(5).integers(0, 256, (9, 40, 60, 3), dtype=np.uint8)
+    clean = pipe.encode_video(frames, 32, 48)
+    assert clean.shape == (1, 16, 3, 4, 6)
+    text, negative = pipe.encode_prompt("a red ball"), pipe.encode_prompt("blurry")
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(6))
     return SimpleNamespace(
         args=(clean, text.values, text.mask),
         options={
@@ -251,7 +246,7 @@ def test_a_lora_distilled_through_the_pipelines_transformer_makes_distilled_vide
 
     made = LongCatPipeline.from_pretrained(folder, EAGER, device="cpu")
     frames = made(**SMALL, distill=True, policy=POLICY).frames
-    text = embedded(made)
+    text = made.encode_prompt("a red ball")
     expected = euler(lambda x, t: student(x, t, text.values, text.mask), first_noise(), sampling.distilled_sigmas(3))
     off = frames.astype(int) - made._codec.decode(expected)
     assert np.abs(off).max() <= 1  # a value on the edge may be rounded the other way

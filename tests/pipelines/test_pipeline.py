@@ -437,3 +437,31 @@ def test_prompts_are_cleaned_and_long_ones_warned_of(pipe, caplog):
     text = prompts.encode(parts.tokenizer, parts.text_encoder, "red " * 20, 8, torch.float32)
     assert text.values.shape == (1, 1, 8, 16)
     assert "all after the first 8 are ignored" in caplog.text
+
+
+def test_what_a_training_is_given_is_what_a_generation_reads(pipe, watch, image, video):
+    pipe(**SMALL, task="i2v", image=image, seed=3)
+    text = pipe.encode_prompt("", "a red ball")
+    assert torch.equal(text.values, watch.calls[1].text)
+    assert torch.equal(text.mask, watch.calls[1].mask)
+    latents = [pipe.encode_video(video[:9], 32, 48, seed=seed) for seed in (3, 3, 4)]
+    assert latents[0].shape == (1, 16, 3, 4, 6)
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2])
+    off = watch.decoded[0][:, :, :1] - pipe.encode_video(image[None], 32, 48)  # two samples of the same picture
+    assert off.abs().mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda pipe, video: pipe.encode_prompt(), "texts must be texts, one or more"),
+        (lambda pipe, video: pipe.encode_prompt(["a"]), "texts must be texts, one or more, got list"),
+        (lambda pipe, video: pipe.encode_video(video[:8], 32, 48), "number of frames must be 1 .*Nearest: 5 or 9"),
+        (lambda pipe, video: pipe.encode_video(video[:9], 33, 48), "height must be a multiple of 8"),
+        (lambda pipe, video: pipe.encode_video(video[:9].astype(float), 32, 48), "frames must hold uint8 frames"),
+    ],
+)
+def test_bad_input_of_a_training_is_refused(pipe, video, call, text):
+    with pytest.raises(UsageError, match=text):
+        call(pipe, video)
