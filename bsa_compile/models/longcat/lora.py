@@ -81,7 +81,8 @@ class LoRAMixin(nn.Module):
         """Make a LoRA that can be trained; like a loaded one it has no effect before `enable_loras`.
 
         It begins as nothing (`lora_up` is zero), so the model gives what it gives without it. Its parameters are fp32,
-        on the device of the layers; they are rounded to the model's dtype where they are used.
+        on the device of the layers; they are rounded to the model's dtype where they are used. `torch.export` with
+        `strict=True` does not take them: save the LoRA and load it for that.
 
         Args:
             key: The name, not yet in use.
