@@ -69,23 +69,28 @@ class OptimizedModel:
         self._tell("disable_bsa()")
 
     @contextmanager
-    def bsa_disabled(self) -> Iterator[None]:
-        """Switch it off inside a `with` block."""
+    def bsa_disabled(self, *, quiet: bool = False) -> Iterator[None]:
+        """Switch it off inside a `with` block.
+
+        Args:
+            quiet: log nothing, for a block that runs in every step of a training.
+        """
         before = self._bsa_runtime.off
         self._bsa_runtime.off = True
-        self._tell("bsa_disabled()")
+        self._tell("bsa_disabled()", quiet)
         try:
             yield
         finally:
             self._bsa_runtime.off = before
-            self._tell("end of bsa_disabled()")
+            self._tell("end of bsa_disabled()", quiet)
 
-    def _tell(self, where: str) -> None:
+    def _tell(self, where: str, quiet: bool = False) -> None:
         """Log what runs from now on, and keep the model's own record of it."""
         runtime = self._bsa_runtime
         if "bsa_enabled" in self.__dict__:
             self.__dict__["bsa_enabled"] = runtime.in_force.enabled
-        log_enabled(runtime.in_force, where if runtime.policy.enabled else f"{where}: the policy is disabled")
+        if not quiet:
+            log_enabled(runtime.in_force, where if runtime.policy.enabled else f"{where}: the policy is disabled")
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UsageError(must("model", "be copied before optimize", "a copy of the optimized one"))

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # argparse has said why on stderr, or printed help on stdout
         return exc.code if isinstance(exc.code, int) else 0
     try:
-        with _logging(args.log_level):
+        with _logging(args.log_level or "warning"):
             status: int = importlib.import_module(f"bsa_compile.commands.{args.command}").run(args)
             sys.stdout.flush()
             return status
@@ -74,7 +74,8 @@ def _logging(level: str) -> Iterator[None]:
     """Log records of this package on stderr while a command runs."""
     logger = logging.getLogger("bsa_compile")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the line of progress
+    handler.setFormatter(logging.Formatter(f"{clear}%(name)s: %(levelname)s: %(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level.upper())
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROG, description="Block-sparse attention for video diffusion transformers: try it, explain it, time it."
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="default: warning")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="default: warning; info while a video is made")
     logged = argparse.ArgumentParser(add_help=False)  # the same option after the command; unset, it leaves the first
     logged.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

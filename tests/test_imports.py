@@ -22,7 +22,7 @@ LAYERS = (
     ("ops",),
     ("passes", "module_tree", "context", "adapters"),
     ("backend", "plain_errors", "runtime", "api"),
-    ("parallel", "exporting", "pipelines"),
+    ("parallel", "exporting", "pipelines", "distillation"),
     ("timing", "metrics", "capture", "structured", "viz", "benchmarking", "commands", "cli", "__main__"),
 )
 
@@ -121,7 +121,7 @@ def test_kernels_import_torch_triton_and_errors_alone(module):
 def test_models_know_nothing_of_passes_kernels_and_ops(module):
     for name, _ in imported(module, ALL[module]):
         if name.startswith(f"{PACKAGE}."):
-            assert first_name(name) in ("models", "errors", "policy", "grid"), f"{module} imports {name}"
+            assert first_name(name) in ("models", "errors", "files", "policy", "grid"), f"{module} imports {name}"
 
 
 OPTIONAL = (

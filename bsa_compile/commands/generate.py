@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print("\n".join([*job.describe(), *([note] if note else [])]), flush=True)
     checkpoint = output.with_name(f"{output.name}.checkpoint")
+    if args.log_level is None:
+        logging.getLogger("bsa_compile").setLevel(logging.INFO)  # from here on: what each stage runs
     try:
         result = pipe.run(job, checkpoint=checkpoint, resume=args.resume, keep_checkpoint=True)
     except KeyboardInterrupt:

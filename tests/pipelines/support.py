@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
-from bsa_compile.models.longcat.lora import _DOT, _PREFIX
+from bsa_compile.models.longcat.lora_file import _DOT, _PREFIX
 
 TEXT_WIDTH = 16
 WORDS = ("a", "red", "ball", "rolls", "over", "grass", "blurry", "blue", "square")

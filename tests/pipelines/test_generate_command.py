@@ -88,6 +88,20 @@ def test_refined_and_distilled_under_a_policy_for_one_stage(folder, tmp_path):
     assert read_video(out)[1] == 30
 
 
+@pytest.mark.parametrize("level", [None, "warning"])
+def test_each_stage_logs_what_it_runs(folder, tmp_path, capsys, level):
+    options = ["--refine", "--refine-steps", 2, "--output", tmp_path / "out.mp4"]
+    assert generate(folder, *options, *(["--log-level", level] if level else [])) == 0
+    said = capsys.readouterr().err
+    if level:
+        assert said == ""
+        return
+    base, refine = said.splitlines()
+    assert base.startswith("bsa_compile: INFO: Block Sparse Attention (BSA) is off (base: 5 frames of ")
+    assert refine.startswith("bsa_compile: INFO: Enabling Block Sparse Attention (BSA): sparsity=0.9375, ")
+    assert refine.endswith("(refine: 5 frames of 32x48, by the mixed strategy)")
+
+
 def test_ctrl_c_keeps_the_latents_and_resume_goes_on(folder, tmp_path, capsys, monkeypatch):
     from bsa_compile.pipelines.longcat import pipeline
 

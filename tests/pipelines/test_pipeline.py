@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,6 +215,42 @@ def test_refinement_in_time_makes_30_fps(pipe, watch, video, video_fps):
     assert watch.calls[-1].num_cond_latents == 4  # 10 frames are 4 latent ones
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distill": True},
+        {"policy": BSAPolicy(chunk_3d_shape_q=(4, 4, 4), chunk_3d_shape_k=(4, 4, 8))},
+        {"refine": True, "refine_steps": 2},
+        {"refine": True, "refine_steps": 2, "base_size": (16, 16)},
+        {"refine": True, "refine_steps": 2, "fps": 30},
+        {"task": "i2v"},
+    ],
+    ids=lambda v: "-".join(v) or "plain",
+)
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)], ids=str)
+def test_the_result_has_the_size_that_was_asked_for(pipe, image, size, options):
+    """Neither is a multiple of the patches' 16 pixels, nor of a tile's."""
+    options = {**options, **({"image": image} if "task" in options else {})}
+    asked = {**SMALL, "num_frames": 5, "num_inference_steps": 1, "height": size[0], "width": size[1]}
+    out = pipe(**asked, **options)
+    assert out.frames.shape == (10 if "fps" in options else 5, *size, 3)
+
+
+def test_a_pipeline_from_a_folder_and_a_configuration(folder):
+    """As the README of the pipeline has it; every stage's figures are in the report."""
+    config = LongCatPipelineConfig(enable_bsa=True, bsa_params={"sparsity": 0.75}, compile_backend="eager")
+    made = LongCatPipeline.from_pretrained(folder, config, device="cpu")
+    out = made(prompt="a red ball", height=32, width=48, num_frames=5, num_inference_steps=1)
+    assert out.frames.shape == (5, 32, 48, 3)
+    (stage,) = out.report["stages"]
+    assert stage["policy"]["sparsity"] == 0.75
+    assert stage["block_sparse_sites"] == len(stage["sites"]) == 2
+    assert stage["seconds"] > sum(stage["step_seconds"]) > 0
+    assert stage["peak_memory_bytes"] > 0
+    assert stage["effective_sparsity"] is not None
+
+
 def test_a_long_video_continues_its_segments(pipe, watch):
     out = pipe(**SMALL, num_segments=3, num_cond_frames=5)
     assert out.frames.shape == (9 + 2 * 4, 32, 48, 3)
@@ -247,6 +284,18 @@ def test_each_stage_runs_under_its_policy_and_says_so(pipe):
     assert refine["effective_sparsity"] == 0.5  # 1 of 2 tiles: at least one is kept
     assert refine["policy_source"] == "the mixed strategy"
     assert {site["role"] for site in refine["sites"]} == {"self"}
+
+
+def test_every_stage_that_runs_block_sparse_says_so_in_the_log(pipe, caplog):
+    with caplog.at_level(logging.INFO, "bsa_compile"):
+        pipe(**LARGE)
+        pipe(**SMALL, policy=BSAPolicy(sparsity=0.5))
+    base, refine, other = (record.getMessage() for record in caplog.records)
+    assert base == "Block Sparse Attention (BSA) is off (base: 9 frames of 16x48, by the mixed strategy)"
+    assert refine.startswith("Enabling Block Sparse Attention (BSA): sparsity=0.9375, ")
+    assert refine.endswith("(refine: 9 frames of 32x96, by the mixed strategy)")
+    assert other.startswith("Enabling Block Sparse Attention (BSA): sparsity=0.5, ")
+    assert other.endswith("(base: 9 frames of 32x48, by the policy argument)")
 
 
 def test_a_policy_for_the_base_stage(pipe, watch):
@@ -388,3 +437,31 @@ def test_prompts_are_cleaned_and_long_ones_warned_of(pipe, caplog):
     text = prompts.encode(parts.tokenizer, parts.text_encoder, "red " * 20, 8, torch.float32)
     assert text.values.shape == (1, 1, 8, 16)
     assert "all after the first 8 are ignored" in caplog.text
+
+
+def test_what_a_training_is_given_is_what_a_generation_reads(pipe, watch, image, video):
+    pipe(**SMALL, task="i2v", image=image, seed=3)
+    text = pipe.encode_prompt("", "a red ball")
+    assert torch.equal(text.values, watch.calls[1].text)
+    assert torch.equal(text.mask, watch.calls[1].mask)
+    latents = [pipe.encode_video(video[:9], 32, 48, seed=seed) for seed in (3, 3, 4)]
+    assert latents[0].shape == (1, 16, 3, 4, 6)
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2])
+    off = watch.decoded[0][:, :, :1] - pipe.encode_video(image[None], 32, 48)  # two samples of the same picture
+    assert off.abs().mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda pipe, video: pipe.encode_prompt(), "texts must be texts, one or more"),
+        (lambda pipe, video: pipe.encode_prompt(["a"]), "texts must be texts, one or more, got list"),
+        (lambda pipe, video: pipe.encode_video(video[:8], 32, 48), "number of frames must be 1 .*Nearest: 5 or 9"),
+        (lambda pipe, video: pipe.encode_video(video[:9], 33, 48), "height must be a multiple of 8"),
+        (lambda pipe, video: pipe.encode_video(video[:9].astype(float), 32, 48), "frames must hold uint8 frames"),
+    ],
+)
+def test_bad_input_of_a_training_is_refused(pipe, video, call, text):
+    with pytest.raises(UsageError, match=text):
+        call(pipe, video)

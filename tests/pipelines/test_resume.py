@@ -16,7 +16,7 @@ import torch
 
 from bsa_compile.errors import CheckpointError, UsageError
 from bsa_compile.files import write_text
-from bsa_compile.pipelines.longcat.progress import Progress, StepClock, clock
+from bsa_compile.pipelines.longcat.progress import Progress, StepClock, clock, show_progress
 from bsa_compile.pipelines.longcat.resume import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +131,27 @@ def test_other_weights_are_another_job(pipe, tmp_path):
             weight.copy_(before)
 
 
+def test_a_users_lora_of_other_weights_is_another_job(pipe, tmp_path):
+    def interrupt(scale, **options):
+        with torch.no_grad():
+            for p in pipe.transformer.lora_parameters("mine"):
+                p.fill_(scale)
+        pipe(**BASE, checkpoint=tmp_path / "job", checkpoint_every=1, progress=stopping(1, Stop), **options)
+
+    pipe.transformer.add_lora("mine", 1)
+    pipe.transformer.enable_loras(["mine"])
+    try:
+        with pytest.raises(Stop):
+            interrupt(0.1)
+        with pytest.raises(CheckpointError, match=r"be a checkpoint of this job, got another: loras"):
+            interrupt(0.2, resume=True)
+        with pytest.raises(Stop):
+            interrupt(0.1, resume=True)
+    finally:
+        pipe.transformer.disable_all_loras()
+        pipe.transformer.unload_lora("mine")
+
+
 def test_without_resume_a_job_starts_anew(pipe, whole, tmp_path):
     folder = tmp_path / "job"
     with pytest.raises(Stop):
@@ -171,10 +192,27 @@ def test_clearing_leaves_what_others_wrote(tmp_path):
 def test_progress_tells_the_time_left():
     assert str(Progress("refine 2/3", 5, 6, "denoising", 3, 26, 125.4)) == "[5/6] refine 2/3: denoising 3/26, 2:05 left"
     assert str(Progress("base", 1, 2, "decoding")) == "[1/2] base: decoding ..."
+    line = Progress("base", 1, 2, "denoising", 3, 12, 9).line(bar=8)
+    assert line == "[1/2] base: denoising |##------| 3/12, 0:09 left"
     assert clock(3723) == "1:02:03"
     steps = StepClock()
     assert steps.tick(3)[1] is None  # the first step compiles
     assert steps.tick(2)[1] is not None
+
+
+def test_a_terminal_shows_the_bar_in_one_line(monkeypatch, capsys):
+    now = Progress("base", 1, 1, "denoising", 6, 12, 9)
+    show_progress(now)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    show_progress(now)
+    assert capsys.readouterr().err == "\r\x1b[K[1/1] base: denoising |##########----------| 6/12, 0:09 left"
+    monkeypatch.setenv("COLUMNS", "12")
+    show_progress(now)
+    assert capsys.readouterr().err == "\r\x1b[K[1/1] base:"
+    show_progress(None)
+    assert capsys.readouterr().err == "\r\x1b[K"
 
 
 def test_progress_covers_every_stage_and_ends(pipe):

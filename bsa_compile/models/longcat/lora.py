@@ -1,123 +1,42 @@
-"""LoRA files: reading, checking, and switching them on and off."""
+"""LoRAs on a model: loading, making and training them, switching them on and off."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from bsa_compile.errors import CheckpointError, UsageError, must
-from bsa_compile.models.longcat.linear import LoRALinear, LoRATerm
+from bsa_compile.errors import UsageError, must
+from bsa_compile.files import check_writable, write_bytes
+from bsa_compile.models.longcat.linear import LoRALinear, LoRATerm, in_dtype_of
+from bsa_compile.models.longcat.lora_file import lora_tensors, read_lora
 
-_PREFIX = "lora___lorahyphen___"
-_DOT = "___lorahyphen___"
-_DEFAULT_ALPHA = 64.0
-_SHOWN = 10
+LORA_TARGETS = ("blocks.*.attn.*", "blocks.*.cross_attn.*", "blocks.*.ffn.*")
+"""Where a new LoRA goes by default: every linear layer of attention and feed-forward."""
 
-
-class StoredTerm(NamedTuple):
-    """A module's term as its file holds it, and the factor it is to be multiplied by."""
-
-    term: LoRATerm
-    scale: float
-
-
-def read_lora(path: Path, targets: Mapping[str, nn.Module], multiplier: float) -> dict[str, StoredTerm]:
-    """Read a LoRA file and check all of it against the modules that it names.
-
-    Args:
-        path: A safetensors file.
-        targets: Module path -> module, of the model that will carry the LoRA.
-        multiplier: Strength; the file's own `alpha_scale` (64 / rank when absent) comes on top.
-
-    Returns:
-        Module path -> its term, tensors memory-mapped.
-
-    Raises:
-        CheckpointError: The file is missing, corrupt or empty, or anything in it fits no linear layer of the model.
-
-    Source:
-        Key names and alpha's default: the public LongCat-Video code.
-    """
-    try:
-        tensors = load_file(path, device="cpu")
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(
-            must(str(path), "be a readable safetensors file", f"{type(exc).__name__}: {exc}")
-        ) from exc
-    grouped: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
-    for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        if not name.startswith(_PREFIX) or not suffix:
-            problems.append(f"unknown key {key!r}")
-        else:
-            grouped.setdefault(name.removeprefix(_PREFIX).replace(_DOT, "."), {})[suffix] = tensor
-    terms: dict[str, StoredTerm] = {}
-    for name, parts in grouped.items():
-        try:
-            terms[name] = _read_term(parts, targets.get(name), multiplier)
-        except ValueError as exc:
-            problems.append(f"{name}: {exc}")
-    if not tensors:
-        problems.append("no tensors")
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        shown = "; ".join(problems[:_SHOWN]) + more
-        raise CheckpointError(must(str(path), "be a LoRA of this model", shown, "Nothing was loaded."))
-    return terms
-
-
-def _read_term(parts: dict[str, Tensor], target: nn.Module | None, multiplier: float) -> StoredTerm:
-    """Check one module's tensors; a ValueError says what is wrong with them."""
-    if not isinstance(target, LoRALinear):
-        raise ValueError("no linear layer of that name")
-    parts = dict(parts)
-    alpha = parts.pop("alpha_scale", None)
-    down = parts.pop("lora_down.weight", None)
-    single = parts.pop("lora_up.weight", None)
-    blocks: list[Tensor] = []
-    while (up := parts.pop(f"lora_up.blocks.{len(blocks)}.weight", None)) is not None:
-        blocks.append(up)
-    if parts:
-        raise ValueError(f"unknown keys {sorted(parts)}")
-    if down is None or (single is None) == (not blocks):
-        raise ValueError("needs lora_down.weight and either lora_up.weight or lora_up.blocks.{i}.weight")
-    ups = tuple(blocks) if single is None else (single,)
-    if not all(x.is_floating_point() for x in (down, *ups)):
-        raise ValueError("tensors are not floats")
-    if down.ndim != 2 or any(up.ndim != 2 for up in ups):
-        raise ValueError("lora_down and lora_up are not matrices")
-    rank = down.shape[0] // len(ups)
-    fits = rank > 0 and down.shape == (rank * len(ups), target.in_features)
-    if not fits or any(up.shape[1] != rank for up in ups) or sum(up.shape[0] for up in ups) != target.out_features:
-        raise ValueError(
-            f"lora_down {list(down.shape)} and lora_up {[list(up.shape) for up in ups]} do not fit the layer's "
-            f"{target.in_features} inputs and {target.out_features} outputs"
-        )
-    if alpha is None:
-        scale = _DEFAULT_ALPHA / rank
-    elif alpha.numel() == 1 and math.isfinite(alpha.item()):
-        scale = float(alpha.item())
-    else:
-        raise ValueError(f"alpha_scale is not one finite number: {alpha}")
-    return StoredTerm(LoRATerm(down, ups), multiplier * scale)
+_PARTS = {"qkv": 3, "kv_linear": 2}
+"""Fused layers, which have one `up` for each of what they compute. Source: the public LongCat-Video code."""
 
 
 class LoRAMixin(nn.Module):
-    """`load_lora`, `enable_loras`, `disable_all_loras` for a model built of `LoRALinear`."""
+    """LoRAs for a model built of `LoRALinear`.
+
+    Those of files (`load_lora`) and new ones (`add_lora`) have no effect before `enable_loras`. The parameters of the
+    ones that are trained stand beside the model's own: `lora_parameters` has them, `parameters()` and `state_dict()`
+    do not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        # Loaded files stay on the CPU, memory-mapped; only the active ones are on the model's device.
-        self._loras: dict[str, dict[str, StoredTerm]] = {}
+        # Loaded files stay on the CPU, memory-mapped; of the active ones, a copy is on the model's device.
+        self._loras: dict[str, dict[str, LoRATerm]] = {}
         self._active_loras: tuple[str, ...] = ()
 
     @property
@@ -125,23 +44,115 @@ class LoRAMixin(nn.Module):
         """Keys of the LoRAs now applied, in order."""
         return self._active_loras
 
-    def load_lora(self, path: str | PathLike[str], key: str, multiplier: float = 1.0) -> None:
+    def load_lora(
+        self, path: str | PathLike[str], key: str, multiplier: float = 1.0, *, trainable: bool = False
+    ) -> None:
         """Read a LoRA under a name; it has no effect before `enable_loras`.
 
         Args:
             path: A safetensors file in LongCat's LoRA layout.
             key: The name, not yet in use.
             multiplier: Strength.
+            trainable: Train it further; its parameters are fp32 whatever the file's dtype.
 
         Raises:
             CheckpointError: The file is missing or corrupt, or does not fit the model; nothing is loaded then.
             UsageError: The name is in use, or `multiplier` is not a finite number.
         """
-        if key in self._loras:
-            raise UsageError(must("key", "be a new name", repr(key), "Choose another, or call unload_lora first."))
-        if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
-            raise UsageError(must("multiplier", "be a finite number", repr(multiplier)))
-        self._loras[key] = read_lora(Path(path), dict(self.named_modules()), float(multiplier))
+        self._check_new(key)
+        _check_number("multiplier", multiplier)
+        if not isinstance(trainable, bool):
+            raise UsageError(must("trainable", "be True or False", repr(trainable)))
+        modules = dict(self.named_modules())
+        terms = read_lora(Path(path), modules, float(multiplier))
+        if trainable:
+            terms = {name: _trainable(term, modules[name].weight.device) for name, term in terms.items()}
+        self._loras[key] = terms
+
+    def add_lora(
+        self,
+        key: str,
+        rank: int = 128,
+        targets: Sequence[str] = LORA_TARGETS,
+        *,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Make a LoRA that can be trained; like a loaded one it has no effect before `enable_loras`.
+
+        It begins as nothing (`lora_up` is zero), so the model gives what it gives without it. Its parameters are fp32,
+        on the device of the layers; they are rounded to the model's dtype where they are used. `torch.export` with
+        `strict=True` does not take them: save the LoRA and load it for that.
+
+        Args:
+            key: The name, not yet in use.
+            rank: Of each term; a fused layer has one term of this rank for each of its parts.
+            targets: Globs over the paths of linear layers.
+            alpha: The terms are multiplied by alpha / rank; by default alpha is half the rank, as in the released ones.
+            generator: On the CPU, of the initial `lora_down`; by default torch's own.
+
+        Raises:
+            UsageError: The name is in use, an argument is out of range, or a glob names no linear layer.
+
+        Source:
+            Initialisation: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685); ranks and fused
+            layers: the public LongCat-Video code.
+        """
+        self._check_new(key)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UsageError(must("rank", "be an integer >= 1", repr(rank)))
+        if alpha is not None:
+            _check_number("alpha", alpha)
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, LoRALinear)}
+        for pattern in patterns:
+            if not isinstance(pattern, str) or not fnmatch.filter(layers, pattern):
+                shown = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+                todo = f"Linear layers are named {shown}; for example {LORA_TARGETS[0]!r}."
+                raise UsageError(must("targets", "be globs that name linear layers of the model", repr(pattern), todo))
+        chosen = {name: m for name, m in layers.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+        if not chosen:
+            raise UsageError(must("targets", "name at least one linear layer", targets))
+        scale = torch.tensor((rank / 2 if alpha is None else alpha) / rank)
+        self._loras[key] = {name: _new_term(name, m, rank, scale, generator) for name, m in chosen.items()}
+
+    def lora_parameters(self, key: str) -> list[nn.Parameter]:
+        """The parameters of a LoRA that is trained, for an optimizer.
+
+        Raises:
+            UsageError: No such name, or it was loaded without `trainable=True`.
+        """
+        self._check_loaded([key])
+        terms = self._loras[key].values()
+        if not all(term.trainable for term in terms):
+            todo = "Make one with add_lora, or pass trainable=True to load_lora."
+            raise UsageError(must("key", "name a LoRA that can be trained", repr(key), todo))
+        return [x for term in terms for x in (term.down, *term.ups) if isinstance(x, nn.Parameter)]
+
+    def lora_state_dict(self, key: str) -> dict[str, Tensor]:
+        """A LoRA's tensors under their names in a file, as they are and where they are.
+
+        Raises:
+            UsageError: No such name.
+        """
+        self._check_loaded([key])
+        return lora_tensors(self._loras[key])
+
+    def save_lora(self, path: str | PathLike[str], key: str) -> None:
+        """Write a LoRA in LongCat's layout: `load_lora` of the file gives the same outputs, to the bit.
+
+        The multiplier that it was loaded with becomes a part of the file's `alpha_scale`.
+
+        Args:
+            path: A safetensors file, complete or not written at all; missing folders are made.
+            key: The name.
+
+        Raises:
+            UsageError: No such name, or nothing can be written there.
+            OSError: Writing failed; what was there stays.
+        """
+        tensors = {name: x.cpu().contiguous() for name, x in self.lora_state_dict(key).items()}
+        write_bytes(check_writable(path, "path"), save(tensors, metadata={"format": "pt"}))
 
     def unload_lora(self, key: str) -> None:
         """Forget a loaded LoRA.
@@ -168,7 +179,7 @@ class LoRAMixin(nn.Module):
         terms: dict[str, tuple[LoRATerm, ...]] = {}
         for key in keys:
             for name, stored in self._loras[key].items():
-                terms[name] = (*terms.get(name, ()), _place(stored, modules[name].weight))
+                terms[name] = (*terms.get(name, ()), _placed(stored, modules[name].weight))
         # Everything that can fail is done: from here on the switch is complete.
         for name, module in modules.items():
             if isinstance(module, LoRALinear):
@@ -179,6 +190,25 @@ class LoRAMixin(nn.Module):
         """Apply no LoRA; the loaded ones can be enabled again."""
         self.enable_loras([])
 
+    @contextmanager
+    def without_trainable_loras(self) -> Iterator[None]:
+        """Leave the LoRAs that can be trained out inside a `with` block: what they start from, their teacher say."""
+        layers = [m for m in self.modules() if isinstance(m, LoRALinear)]
+        before = [layer.lora_terms for layer in layers]
+        try:
+            for layer in layers:
+                layer.lora_terms = tuple(term for term in layer.lora_terms if not term.trainable)
+            yield
+        finally:
+            for layer, terms in zip(layers, before, strict=True):
+                layer.lora_terms = terms
+
+    def _check_new(self, key: object) -> None:
+        if not isinstance(key, str) or not key:
+            raise UsageError(must("key", "be a name", repr(key)))
+        if key in self._loras:
+            raise UsageError(must("key", "be a new name", repr(key), "Choose another, or call unload_lora first."))
+
     def _check_loaded(self, keys: list[str]) -> None:
         unknown = [key for key in keys if key not in self._loras]
         if unknown:
@@ -186,10 +216,29 @@ class LoRAMixin(nn.Module):
             raise UsageError(must("keys", want, unknown, "Call load_lora first."))
 
 
-def _place(stored: StoredTerm, weight: Tensor) -> LoRATerm:
-    """The term on the weight's device and dtype, its scale multiplied into `ups`.
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(must(name, "be a finite number", repr(value)))
 
-    In `ups` the scale costs nothing per call, and a new multiplier changes no constant that compiled code would guard.
-    """
-    ups = tuple((up.to(weight.device, torch.float32) * stored.scale).to(weight.dtype) for up in stored.term.ups)
-    return LoRATerm(stored.term.down.to(weight.device, weight.dtype), ups)
+
+def _new_term(name: str, layer: LoRALinear, rank: int, scale: Tensor, generator: torch.Generator | None) -> LoRATerm:
+    parts = _PARTS.get(name.rpartition(".")[2], 1)
+    down = torch.empty(parts * rank, layer.in_features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    ups = tuple(torch.zeros(layer.out_features // parts, rank) for _ in range(parts))
+    # A scale of its own: safetensors refuses tensors that share memory.
+    return _trainable(LoRATerm(down, ups, scale.clone()), layer.weight.device)
+
+
+def _trainable(term: LoRATerm, device: torch.device) -> LoRATerm:
+    """The term with parameters of its own."""
+    down, *ups = (nn.Parameter(x.to(device, torch.float32, copy=True)) for x in (term.down, *term.ups))
+    return LoRATerm(down, tuple(ups), None if term.scale is None else term.scale.to(device))
+
+
+def _placed(stored: LoRATerm, weight: Tensor) -> LoRATerm:
+    """A term as its layer holds it: itself where it is trained, else a copy that costs nothing more per call."""
+    if not stored.trainable:
+        return in_dtype_of(weight, stored)
+    stored.move(weight.device)
+    return stored

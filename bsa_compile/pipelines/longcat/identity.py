@@ -75,7 +75,8 @@ def identity(
         "config": {**{name: settings[name] for name in _DECISIVE}, "vae_tiling": config.tiles_vae},
         "scheduler": dict(parts.scheduler.config),
         "weights": weights,
-        "loras": list(transformer.active_loras),
+        # The user's own, by what is in them: the same name may stand for other weights.
+        "loras": [f"{key} {fingerprint(transformer.lora_state_dict(key))}" for key in transformer.active_loras],
         "dtype": str(transformer.dtype),
         "device": result.device_facts(device),
         "versions": result.versions(),

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bsa_compile.errors import UsageError, must
-from bsa_compile.pipelines.longcat import prompts, request, result
+from bsa_compile.pipelines.longcat import prompts, request, result, sizes
 from bsa_compile.pipelines.longcat.config import LongCatPipelineConfig
 from bsa_compile.pipelines.longcat.given import check_given, stage_given, tail
 from bsa_compile.pipelines.longcat.identity import identity
@@ -30,6 +31,7 @@ from bsa_compile.pipelines.longcat.resume import JobFolder
 from bsa_compile.pipelines.longcat.stages import StageRunner, attention_calls
 from bsa_compile.pipelines.longcat.steps import StepKeeper
 from bsa_compile.pipelines.longcat.transformer import PipelineTransformer
+from bsa_compile.pipelines.longcat.video import as_frames
 from bsa_compile.policy import BSAPolicy
 from bsa_compile.report import effective_sparsity
 
@@ -60,8 +62,7 @@ class Job:
         """One line for every kind of stage: its size, and what runs there by whose word."""
         lines: dict[str, str] = {}
         for stage, policy in zip(self.stages, self.policies, strict=True):
-            size = f"{stage.num_frames} frames of {stage.height}x{stage.width}"
-            lines.setdefault(stage.kind, f"{stage.kind}: {size}; attention: {policy.describe()}")
+            lines.setdefault(stage.kind, f"{stage.kind}: {stage.size}; attention: {policy.describe()}")
         return list(lines.values())
 
 
@@ -233,8 +234,6 @@ class LongCatPipeline:
             raise UsageError(must("checkpoint_every", "be an integer >= 1", repr(every)))
         if resume and checkpoint is None:
             raise UsageError(must("checkpoint", "be given with resume", None))
-        for line in job.describe():
-            log.info("%s", line)
         store = None if checkpoint is None else self._job_folder(Path(checkpoint), job, resume)
         if resume and store is not None and not store.found:
             log.warning("nothing to resume in %s: the job starts at the beginning", checkpoint)
@@ -246,6 +245,44 @@ class LongCatPipeline:
         if store is not None and not keep_checkpoint:
             store.clear()
         return outcome
+
+    # -- what a training is given -------------------------------------------------------------------------------------
+
+    def encode_prompt(self, *texts: str) -> prompts.TextEmbeds:
+        """Embed prompts as the transformer reads them, for a training.
+
+        Returns:
+            `values` `Float[Tensor, "b 1 l c"]` and `mask` `Int[Tensor, "b l"]` of the b prompts, on the device.
+
+        Raises:
+            UsageError: there is none, or one is no text.
+        """
+        for text in texts or (None,):
+            if not isinstance(text, str):
+                raise UsageError(must("texts", "be texts, one or more", type(text).__name__))
+        return prompts.joined(*self._embedded(*texts))
+
+    def encode_video(self, frames: Any, height: int, width: int, *, seed: int = 0) -> Tensor:
+        """Latents of a video as the transformer reads them, for a training.
+
+        Args:
+            frames: uint8 `[T, H, W, 3]` or a list of pictures; T is 1 + a multiple of 4.
+            height, width: pixels to resize to.
+            seed: of the sample that the VAE gives.
+
+        Returns:
+            `Float32[Tensor, "1 c 1+(T-1)/4 height/8 width/8"]` on the device.
+
+        Raises:
+            UsageError: an argument is out of range.
+        """
+        found = as_frames(frames, "frames")
+        sizes.check_frames("the number of frames", len(found), self._codec.temporal)
+        for name, side in (("height", height), ("width", width)):
+            sizes.check_side(name, side, self._codec.spatial)
+        pixels = self._codec.resized(found, height, width)
+        with self._placement.visiting(self._parts.vae):
+            return self._codec.encode(pixels, torch.Generator().manual_seed(seed)).to(self.device)
 
     # -- one job ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +306,7 @@ class LongCatPipeline:
             kept = frames is not None
             steps = StepKeeper(store, index, every, stage, total, tell)
             if frames is None:
-                self.transformer.use(policy.policy)
+                self.transformer.use(policy.policy, f"{stage.name}: {stage.size}, {policy.by}")
                 say = sayer(index + 1, stage.name)
                 runner = StageRunner(
                     self.transformer,
@@ -311,16 +348,16 @@ class LongCatPipeline:
         return GenerationResult(video, asked.fps, report)
 
     def _texts(self, asked: GenerationRequest) -> tuple[prompts.TextEmbeds, prompts.TextEmbeds | None]:
-        parts, dtype = self._parts, self.transformer.dtype
-        wanted = [asked.prompt, *([asked.negative_prompt] if asked.guided else [])]
+        if not asked.guided:
+            return self._embedded(asked.prompt)[0], None
+        text, negative = self._embedded(asked.prompt, asked.negative_prompt)
+        return text, negative
+
+    def _embedded(self, *texts: str) -> list[prompts.TextEmbeds]:
+        parts, dtype, longest = self._parts, self.transformer.dtype, self.config.max_text_tokens
         with self._placement.visiting(parts.text_encoder):
-            found = [
-                prompts.encode(parts.tokenizer, parts.text_encoder, p, self.config.max_text_tokens, dtype).to(
-                    self.device
-                )
-                for p in wanted
-            ]
-        return found[0], found[1] if asked.guided else None
+            found = [prompts.encode(parts.tokenizer, parts.text_encoder, text, longest, dtype) for text in texts]
+            return [text.to(self.device) for text in found]
 
     def _policy(self, stage: Stage, argument: Mapping[str, BSAPolicy]) -> StagePolicy:
         return choose_policy(

@@ -29,8 +29,12 @@ class StagePolicy:
 
     def describe(self) -> str:
         """The effective parameters and where they come from, in one line."""
-        text = f"{self.policy.describe()}, by {self.source}"
-        return text + (f"; overrules {' and '.join(self.overruled)}" if self.overruled else "")
+        return f"{self.policy.describe()}, {self.by}"
+
+    @property
+    def by(self) -> str:
+        """Who asked for it, and who was overruled."""
+        return f"by {self.source}" + (f"; overrules {' and '.join(self.overruled)}" if self.overruled else "")
 
 
 def as_argument(policy: object) -> Mapping[str, BSAPolicy]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+_BAR = 20  # characters
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,17 @@ class Progress:
     seconds_left: float | None = None
 
     def __str__(self) -> str:
+        return self.line()
+
+    def line(self, bar: int = 0) -> str:
+        """One line, with a bar of so many characters while denoising."""
         text = f"[{self.number}/{self.of}] {self.stage}: {self.what}"
         if not self.total:
             return f"{text} ..."
+        full = bar * self.done // self.total
+        drawn = f" |{'#' * full}{'-' * (bar - full)}|" if bar else ""
         left = "" if self.seconds_left is None else f", {clock(self.seconds_left)} left"
-        return f"{text} {self.done}/{self.total}{left}"
+        return f"{text}{drawn} {self.done}/{self.total}{left}"
 
 
 OnProgress = Callable[[Progress | None], None]
@@ -48,9 +57,11 @@ def clock(seconds: float) -> str:
 
 
 def show_progress(progress: Progress | None) -> None:
-    """One line on stderr; nothing where stderr is no terminal."""
+    """One line on stderr, with a bar; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{progress or ''}", end="", file=sys.stderr, flush=True)
+        text = "" if progress is None else progress.line(bar=_BAR)
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
+        print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
 
 
 class StepClock:

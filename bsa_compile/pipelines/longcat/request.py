@@ -92,6 +92,11 @@ class Stage:
     num_cond_frames: int
     lora: str | None
 
+    @property
+    def size(self) -> str:
+        """Frames and pixels, for people."""
+        return f"{self.num_frames} frames of {self.height}x{self.width}"
+
 
 def plan(request: GenerationRequest) -> list[Stage]:
     """The stages in the order in which they run: all segments at base size, then all refined."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bsa_compile.adapters import Request, request_of
-from bsa_compile.api import optimize
+from bsa_compile.api import check_policy, optimize
+from bsa_compile.backend import log_enabled
 from bsa_compile.errors import CheckpointError, must
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.attention import KV
@@ -77,11 +78,18 @@ class PipelineTransformer:
         """Forget both calls: policy argument and configurations decide again."""
         self.switched = None
 
-    def use(self, policy: BSAPolicy) -> None:
-        """Run under a stage's policy, which has taken the switch into account."""
+    def use(self, policy: BSAPolicy, where: str) -> None:
+        """Run under a stage's policy, which has taken the switch into account, and log it.
+
+        Args:
+            policy: the stage's.
+            where: the stage, and who asked for its policy.
+        """
+        check_policy(policy)
         runtime = self.model._bsa_runtime
-        runtime.off = False
-        self.model.set_policy(policy)
+        runtime.off, runtime.policy = False, policy
+        self.model._tell(where, quiet=True)
+        log_enabled(policy, where)
 
     # -- LoRA ---------------------------------------------------------------------------------------------------------
 
