@@ -105,6 +105,7 @@ def optimize(
     backend: str = "inductor",
     regional: bool | None = None,
     fullgraph: bool = False,
+    mesh: Any = None,
 ) -> Any:
     """Make the self-attention of a video diffusion transformer block-sparse, and compile it.
 
@@ -123,6 +124,9 @@ def optimize(
         regional: compile the model's repeated blocks one by one (equal blocks compile once) instead of the whole
             model; by default where the model is known to carry its grid into every block, and not with CUDA graphs.
         fullgraph: as in `torch.compile`.
+        mesh: a `DeviceMesh` whose ranks share the tokens of each call, and who all make the same calls. Its dimension
+            is named `context`; or `ring`, `ulysses` or both to choose how they exchange; one named `cfg` before them
+            shares out the batch. LongCat DiT of this package only.
 
     Returns:
         An instance of the model's class and of `OptimizedModel`: `report`, `policy`, `set_policy`, `enable_bsa`,
@@ -132,7 +136,8 @@ def optimize(
         PolicyError: `policy` is no BSAPolicy, or names an unknown implementation.
         GridError: `grid` is not three positive integers; at the first call, if sources of the grid disagree.
         UsageError: `model` is no plain nn.Module or is optimized already, `backend`, `mode` or `options` are unknown,
-            or `regional=True` on a model without repeated blocks.
+            or `regional=True` on a model without repeated blocks, or `mesh` is no mesh that can be used.
+        UnsupportedError: `mesh` is given with another model than the LongCat DiT.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise UsageError(must("model", "be an nn.Module that torch.compile can trace", type(model).__name__))
@@ -162,6 +167,11 @@ def optimize(
         log.info("the policy argument, which is disabled, overrides enable_bsa: true of the model's configuration")
     elif not starts_enabled(policy, model) and request.switched is not False:
         chosen = dataclasses.replace(chosen, enabled=False)
+    context = None
+    if mesh is not None:
+        from .parallel import ContextParallel  # torch may have been built without torch.distributed
+
+        context = ContextParallel(model, mesh)
     tree = share_tree(model)
     cls = type(model)
     adapter = adapter_for(model)
@@ -179,6 +189,7 @@ def optimize(
         regional=regional,
         fullgraph=fullgraph,
         backend_options=backend_options,
+        context=context,
     )
 
     @functools.wraps(cls.forward)

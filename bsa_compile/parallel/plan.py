@@ -1,0 +1,89 @@
+"""What one call of a transformer does on one rank: which tokens it holds, and how they attend to the others'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..ops import attention
+from .exchange import from_pieces, gather_shares, to_heads, to_tokens
+from .mesh import Ranks
+from .split import FrameSplit, Grid, even
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A frame split among ranks, as one of them sees it; `TokenSplit` and `AttentionFn` of the LongCat DiT.
+
+    Attributes:
+        split: which positions each rank holds.
+        ranks: this rank's place.
+        heads: attention heads.
+    """
+
+    split: FrameSplit
+    ranks: Ranks
+    heads: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Positions in a frame of each Ulysses rank of this rank's region."""
+        return self.split.counts(self.ranks.ring.index)
+
+    def share(self, grid: Grid) -> Grid:
+        """(t, h, w) of this rank's tokens: a run of each frame's raster has no rows of its own."""
+        return grid[0], 1, self.counts[self.ranks.ulysses.index]
+
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's tokens of `[..., frames * height * width, C]`."""
+        return self.split.take(x, self.ranks.ring.index, self.ranks.ulysses.index)
+
+    def gather(self, x: Tensor, grid: Grid) -> Tensor:
+        """The whole of what every rank has a share of.
+
+        A rank's gradient counts as many times as there are ranks: their mean, which DDP and FSDP take, is the gradient.
+
+        Args:
+            x: `[B, t * n, C]`.
+            grid: (t, height, width) of the whole.
+
+        Returns:
+            `[B, t * height * width, C]`.
+        """
+        split, ring, ulysses = self.split, self.ranks.ring, self.ranks.ulysses
+        gain = float(ring.size * ulysses.size)
+        x = x.unflatten(1, (grid[0], self.counts[ulysses.index]))
+        if ulysses.size > 1:
+            x, gain = gather_shares(x, 2, list(self.counts), ulysses.index, ulysses.group, gain), 1.0
+        if ring.size > 1:
+            sizes = [h * w for h, w in map(split.region, range(ring.size))]
+            whole = gather_shares(x, 2, sizes, ring.index, ring.group, gain)
+            x = split.join_frame(whole.split(sizes, dim=2))
+        return x.flatten(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Grid, role: str) -> Tensor:
+        """Attention of this rank's queries to everybody's keys.
+
+        Args:
+            q: `[B, H, t_q * n, D]`, this rank's tokens.
+            k, v: `[B, H, t_k * n, D]`, likewise.
+            grid_q, grid_k: (t, 1, n) of them.
+            role: as the model says.
+
+        Returns:
+            `[B, H, t_q * n, D]`.
+        """
+        line, batch, frames = self.ranks.ulysses, q.shape[0], (grid_q[0], grid_k[0], grid_k[0])
+        whole_q, whole_k = ((t, self.split.height, self.split.width) for t in (grid_q[0], grid_k[0]))
+        if line.size == 1:
+            return self._inner(q, k, v, whole_q, whole_k, role)
+        heads, counts = even(self.heads, line.size), self.counts
+        # All three are under way before the first is waited for: each is packed and joined while another travels.
+        sent = [to_heads(x, t, heads, counts, line) for x, t in zip((q, k, v), frames, strict=True)]
+        q, k, v = (from_pieces(x, batch, t, heads, counts, line) for x, t in zip(sent, frames, strict=True))
+        return to_tokens(self._inner(q, k, v, whole_q, whole_k, role), grid_q[0], heads, counts, line)
+
+    def _inner(self, q: Tensor, k: Tensor, v: Tensor, grid_q: Grid, grid_k: Grid, role: str) -> Tensor:
+        """Attention of some heads of this region's tokens."""
+        return attention(q, k, v, grid_q=grid_q, grid_k=grid_k, role=role)
