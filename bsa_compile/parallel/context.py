@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, must
 from ..models.longcat import Attention, LongCatVideoTransformer3DModel
-from ..policy import BSAPolicy
+from ..policy import BSAPolicy, Rule
 from .exchange import MeanOfGradients, gather_shares
 from .mesh import Ranks, resolve, tile_units
 from .plan import Plan
@@ -121,7 +121,8 @@ class ContextParallel:
 
 def _tiles(policy: BSAPolicy) -> Iterator[tuple[int, int, int]]:
     """Every tile that a site may get."""
-    for source in (policy, *policy.rules):
+    sources: list[BSAPolicy | Rule] = [policy, *policy.rules]
+    for source in sources:
         for tile in (source.chunk_3d_shape_q, source.chunk_3d_shape_k):
             if tile is not None:
                 yield tile

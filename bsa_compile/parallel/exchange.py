@@ -9,6 +9,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+from ..ops.ring_share import finish_gather, start_gather
 from .mesh import Line
 from .split import starts
 
@@ -34,7 +35,7 @@ def to_heads(x: Tensor, frames: int, heads: Sequence[int], counts: Sequence[int]
     here = heads[line.index]
     sent = [h * batch * tokens for h in heads]
     received = [here * batch * frames * n for n in counts]
-    return collectives.all_to_all_single_autograd(packed, received, sent, line.group)
+    return _all_to_all(packed, received, sent, line)
 
 
 def from_pieces(
@@ -64,8 +65,14 @@ def to_tokens(x: Tensor, frames: int, heads: Sequence[int], counts: Sequence[int
     packed = torch.cat([by_frame[:, :, :, a : a + n].reshape(-1, width) for a, n in zip(ends, counts, strict=False)])
     sent = [here * batch * frames * n for n in counts]
     received = [h * batch * frames * mine for h in heads]
-    arrived = collectives.all_to_all_single_autograd(packed, received, sent, line.group)
+    arrived = _all_to_all(packed, received, sent, line)
     return arrived.reshape(sum(heads), batch, frames * mine, width).transpose(0, 1)
+
+
+def _all_to_all(x: Tensor, received: list[int], sent: list[int], line: Line) -> Tensor:
+    """Rows of x to each rank and from each rank, so many."""
+    group: Any = line.group  # a name: its type is one of its own in some releases
+    return collectives.all_to_all_single_autograd(x, received, sent, group)
 
 
 @torch.library.custom_op("bsa::gather_shares", mutates_args=())
@@ -83,14 +90,8 @@ def gather_shares(x: Tensor, dim: int, sizes: Sequence[int], index: int, group: 
         group: name of the process group.
         gain: factor of the gradient.
     """
-    longest = max(sizes)
-    moved = x.movedim(dim, 0)
-    padded = moved.new_zeros((longest, *moved.shape[1:]))  # collectives of equal sizes work on every backend
-    padded[: sizes[index]] = moved
-    everyone = torch.ops._c10d_functional.all_gather_into_tensor(padded, len(sizes), group)
-    everyone = torch.ops._c10d_functional.wait_tensor(everyone).unflatten(0, (len(sizes), longest))
-    joined = torch.cat([everyone[i, :n] for i, n in enumerate(sizes)])
-    return joined.movedim(0, dim).contiguous()
+    shares = finish_gather(start_gather(x, dim, sizes, group), dim, sizes)
+    return torch.cat(shares, dim=dim)
 
 
 @gather_shares.register_fake
@@ -123,6 +124,7 @@ class MeanOfGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         for line in ctx.lines:
-            total = collectives.all_reduce(grad.contiguous(), "sum", line.group)
+            group: Any = line.group
+            total = collectives.all_reduce(grad.contiguous(), "sum", group)
             grad = collectives.wait_tensor(total) / line.size
         return grad, None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ops import attention
+from ..ops import attention, ring_attention
 from .exchange import from_pieces, gather_shares, to_heads, to_tokens
 from .mesh import Ranks
 from .split import FrameSplit, Grid, even
@@ -75,7 +75,7 @@ class Plan:
             `[B, H, t_q * n, D]`.
         """
         line, batch, frames = self.ranks.ulysses, q.shape[0], (grid_q[0], grid_k[0], grid_k[0])
-        whole_q, whole_k = ((t, self.split.height, self.split.width) for t in (grid_q[0], grid_k[0]))
+        whole_q, whole_k = [(t, self.split.height, self.split.width) for t in (grid_q[0], grid_k[0])]
         if line.size == 1:
             return self._inner(q, k, v, whole_q, whole_k, role)
         heads, counts = even(self.heads, line.size), self.counts
@@ -86,4 +86,18 @@ class Plan:
 
     def _inner(self, q: Tensor, k: Tensor, v: Tensor, grid_q: Grid, grid_k: Grid, role: str) -> Tensor:
         """Attention of some heads of this region's tokens."""
-        return attention(q, k, v, grid_q=grid_q, grid_k=grid_k, role=role)
+        split, line = self.split, self.ranks.ring
+        if line.size == 1:
+            return attention(q, k, v, grid_q=grid_q, grid_k=grid_k, role=role)
+        return ring_attention(
+            q,
+            k,
+            v,
+            grid_q=grid_q,
+            grid_k=grid_k,
+            axis=split.axis,
+            bounds=split.bounds,
+            index=line.index,
+            group=line.group,
+            role=role,
+        )
