@@ -156,7 +156,7 @@ class Runtime:
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.adapter.before_call(self.tree, args, kwargs)
         if self.context is not None:
-            return self.context.call(self._run, args, kwargs, self.policy)
+            return self.context.call(self._run, args, kwargs, self.policy, self._now().policy)
         return self._run(args, kwargs)
 
     def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -178,6 +178,7 @@ class Runtime:
             stack.enter_context(plain_errors(self._compiler, f"{prefix}: "))
             if self.context is not None:
                 self.context.use(state.plan)
+                self.context.move()
             policy = _relative_policy(state.policy, prefix, names)
             return self._code_for(prefix, policy, state, method)(*args, **kwargs)
 

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .context import ContextParallel
+from .weights import load_sharded, shard_weights
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "load_sharded", "shard_weights"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -64,17 +63,11 @@ def factor(ranks: int, heads: int) -> tuple[int, int]:
     return ranks // ulysses, ulysses
 
 
-def resolve(mesh: Any, heads: int) -> Ranks:
-    """This process's place in a mesh.
-
-    Args:
-        mesh: with dimensions named `context`; or `ring`, `ulysses` or both; and maybe `cfg` before them. One unnamed
-            dimension counts as `context`.
-        heads: attention heads, of which each Ulysses rank needs one.
+def check(mesh: Any) -> tuple[str, ...]:
+    """Names of a mesh's dimensions.
 
     Raises:
-        UsageError: it is no `DeviceMesh`, its dimensions are others, it leaves this process out, or more Ulysses ranks
-            are asked for than there are heads.
+        UsageError: it is no `DeviceMesh`, has other dimensions than `resolve` knows, or leaves this process out.
     """
     if not isinstance(mesh, DeviceMesh):
         todo = "Make it by torch.distributed.device_mesh.init_device_mesh."
@@ -86,15 +79,30 @@ def resolve(mesh: Any, heads: int) -> Ranks:
         raise UsageError(must("mesh", want, names))
     if mesh.get_coordinate() is None:
         raise UsageError(must("mesh", "hold this process", f"rank {dist.get_rank()} outside of it"))
+    return names
+
+
+def resolve(mesh: DeviceMesh, heads: int) -> Ranks:
+    """This process's place in a mesh.
+
+    Args:
+        mesh: with dimensions named `context`; or `ring`, `ulysses` or both; and maybe `cfg` before them. One unnamed
+            dimension counts as `context`.
+        heads: attention heads, of which each Ulysses rank needs one.
+
+    Raises:
+        UsageError: as `check`, or more Ulysses ranks are asked for than there are heads.
+    """
+    names = check(mesh)
     sizes = dict(zip(names, mesh.mesh.shape, strict=True))
-    if kind == (CONTEXT,):
+    if CONTEXT in names:
         ring, ulysses = factor(sizes[CONTEXT], heads)
     else:
         ring, ulysses = sizes.get(RING, 1), sizes.get(ULYSSES, 1)
     if ulysses > heads:
         todo = f"Name the dimension '{CONTEXT}', or give a mesh with a '{RING}' dimension."
         raise UsageError(must("mesh", f"have at most as many Ulysses ranks as heads ({heads})", ulysses, todo))
-    lines = {name: _line(mesh.get_group(dim)) for dim, name in enumerate(names or (CONTEXT,))}
+    lines = {name: _line(mesh.get_group(dim)) for dim, name in enumerate(names)}
     whole = lines.pop(CONTEXT, None)
     if whole is not None and ring == 1:
         lines[ULYSSES] = whole
@@ -117,26 +125,6 @@ def _subgroup(ranks: torch.Tensor) -> Line:
     return _line(dist.new_group(ranks.tolist(), use_local_synchronization=True))
 
 
-def control_group(mesh: DeviceMesh, timeout: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks of the mesh, for what ranks tell each other beside the tensors.
-
-    Args:
-        mesh: the ranks.
-        timeout: seconds after which a rank that does not answer counts as lost.
-    """
-    ranks: Sequence[int] = mesh.mesh.flatten().tolist()
-    return dist.new_group(
-        list(ranks), timeout=timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
-    )
-
-
 def tile_units(tiles: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Tokens along h and w of which every tile's size is a divisor."""
     return (math.lcm(*(t[1] for t in tiles)), math.lcm(*(t[2] for t in tiles)))
-
-
-def device_of(mesh: DeviceMesh) -> torch.device:
-    """Where this process computes."""
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 SIZE = 4
-SECONDS = 120.0
+SECONDS = 90.0
 
 
 class RankFailed(AssertionError):
