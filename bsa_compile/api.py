@@ -183,7 +183,7 @@ def optimize(
         }
         context = ContextParallel(model, mesh, facts, mesh_timeout)
     tree = share_tree(model)
-    cls = type(model)
+    cls = type(tree)
     adapter = adapter_for(model)
     if regional is None:
         regional = adapter.carries_grid and repeated_blocks(model) is not None and not probe.uses_cudagraphs
