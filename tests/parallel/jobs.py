@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import bsa_compile
+from bsa_compile import gating
+from bsa_compile.grid import tile_counts
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.ops import block_sparse_attention
+from bsa_compile.parallel.split import even, starts
 from bsa_compile.policy import BSAPolicy
-from tests.compile.support import CAPTION, relative_error
+from tests.compile.support import CAPTION, CountCompiles, relative_error
+
+from .pool import DEVICE
 
 POLICY = BSAPolicy(sparsity=0.6, chunk_3d_shape_q=(2, 2, 3), chunk_3d_shape_k=(2, 2, 3))
 
@@ -59,8 +65,13 @@ class Case:
         return total
 
 
+def device() -> torch.device:
+    """Where this rank computes: on a GPU of its own with BSA_TEST_DEVICE=cuda, else on the CPU."""
+    return torch.device("cuda", dist.get_rank()) if DEVICE == "cuda" else torch.device("cpu")
+
+
 def mesh_of(case: Case) -> DeviceMesh:
-    return init_device_mesh("cpu", tuple(case.mesh.values()), mesh_dim_names=tuple(case.mesh))
+    return init_device_mesh(DEVICE, tuple(case.mesh.values()), mesh_dim_names=tuple(case.mesh))
 
 
 def model_of(heads: int, seed: int = 0, depth: int = 2) -> LongCatVideoTransformer3DModel:
@@ -79,18 +90,19 @@ def model_of(heads: int, seed: int = 0, depth: int = 2) -> LongCatVideoTransform
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1))
-    return model.eval()
+    return model.eval().to(device())
 
 
 def inputs_of(case: Case, seed: int = 1) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     t, h, w = case.grid
-    return {
+    given = {
         "hidden_states": torch.randn(case.batch, 4, t, 2 * h, 2 * w - 1, generator=generator),  # an odd size: padded
         "timestep": torch.rand(case.batch, t, generator=generator) * 1000,
         "encoder_hidden_states": torch.randn(case.batch, 1, 5, CAPTION, generator=generator),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0]] * case.batch),
     }
+    return {name: x.to(device()) for name, x in given.items()}
 
 
 def call(model: Any, case: Case, given: dict[str, Any]) -> Tensor:
@@ -166,7 +178,7 @@ def gradients(case: Case, checkpointing: bool = False, **options: Any) -> dict[s
 
     def backward(called: Any) -> list[Tensor]:
         out = call(called, case, given)
-        towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+        towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
         (out * towards).sum().backward()
         found = [p.grad for p in model.parameters()] + [x.grad for x in inputs]
         for x in (*model.parameters(), *inputs):
@@ -246,3 +258,73 @@ def switching(case: Case) -> tuple[float, float, float]:
         second = relative_error(call(fast, case, given), dense)
         fast.enable_bsa()
         return first, second, relative_error(call(fast, case, given), sparse)
+
+
+def compiled(case: Case, compiler: str, regional: bool) -> tuple[float, float, int]:
+    """Errors of output and one gradient, and graphs, of one call compiled without a graph break."""
+    model, given = model_of(case.heads), inputs_of(case)
+    weight = model.blocks[1].attn.qkv.weight
+    with alone(model, case.policy):
+        expected = call(model, case, given)
+    (wanted,) = torch.autograd.grad(expected.square().mean(), weight)
+    fast = optimized(model, case, backend=compiler, regional=regional, fullgraph=True)
+    with CountCompiles() as graphs:
+        out = call(fast, case, given)
+        (got,) = torch.autograd.grad(out.square().mean(), weight)
+    dist.all_reduce(got)
+    error = relative_error(got / dist.get_world_size(), wanted)
+    return relative_error(out.detach(), expected.detach()), error, graphs.count
+
+
+@contextlib.contextmanager
+def selections_kept() -> Iterator[list[tuple[Tensor, ...]]]:
+    """Pooled inputs and lists of every selection made inside the block, in order."""
+    module = importlib.import_module("bsa_compile.kernels.select") if DEVICE == "cuda" else gating
+    original, found = module.select, []
+
+    def select(q_pooled: Tensor, k_pooled: Tensor, *criteria: Any) -> tuple[Tensor, Tensor]:
+        counts, indices = original(q_pooled, k_pooled, *criteria)
+        found.append((q_pooled.cpu(), k_pooled.cpu(), counts.cpu(), indices.cpu()))
+        return counts, indices
+
+    module.select = select
+    try:
+        yield found
+    finally:
+        module.select = original
+
+
+def selections(case: Case) -> tuple[int, int, float]:
+    """How this rank's selections differ from those of one process.
+
+    Returns:
+        Rows compared, rows that differ, and of those the largest relative distance of two scores that changed places.
+    """
+    model, given = model_of(case.heads), inputs_of(case)
+    with torch.no_grad():
+        with alone(model, case.policy), selections_kept() as one:
+            call(model, case, given)
+        fast = optimized(model, case)
+        with selections_kept() as mine:
+            call(fast, case, given)
+    assert len(mine) == len(one) == len(model.blocks)
+    ranks, plan = fast._bsa_runtime.context.ranks, fast._bsa_runtime.context.plan
+    heads = starts(even(case.heads, ranks.ulysses.size))[ranks.ulysses.index :][:2]
+    rows = different = 0
+    worst = 0.0
+    for (q, k, counts, indices), (_, _, my_counts, my_indices) in zip(one, mine, strict=True):
+        at = torch.arange(q.shape[2]).unflatten(0, tile_counts(case.grid, case.policy.chunk_3d_shape_q))
+        tile, bounds = case.policy.chunk_3d_shape_q[plan.split.axis], plan.split.bounds
+        first, last = (-(-b // tile) for b in bounds[ranks.ring.index : ranks.ring.index + 2])
+        at = at.narrow(plan.split.axis, first, last - first).flatten()
+        counts, indices = (x[:, heads[0] : heads[1]][:, :, at] for x in (counts, indices))
+        scores = torch.matmul(q[:, heads[0] : heads[1]][:, :, at].double(), k[:, heads[0] : heads[1]].double().mT)
+        assert torch.equal(counts, my_counts)
+        for place in (indices != my_indices).any(-1).nonzero().tolist():
+            row = scores[tuple(place)]
+            here, there = (set(x[tuple(place)].tolist()) for x in (indices, my_indices))
+            pair = row[list(here ^ there)]
+            worst = max(worst, float((pair.max() - pair.min()) / row.abs().max()))
+            different += 1
+        rows += counts.numel()
+    return rows, different, worst

@@ -1,4 +1,7 @@
-"""Processes that run a test's function as the ranks of a job, gloo between them; started once, used by many tests."""
+"""Processes that run a test's function as the ranks of a job; started once, used by many tests.
+
+On the CPU with gloo; with `BSA_TEST_DEVICE=cuda` on the GPUs of this machine with NCCL, as many ranks as there are.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+DEVICE = os.environ.get("BSA_TEST_DEVICE", "cpu")
 SIZE = 4
 SECONDS = 90.0
 
@@ -34,6 +40,11 @@ class Pool:
         Raises:
             RankFailed: it raised on one of them, or took longer than `seconds` (then the processes are replaced).
         """
+        if DEVICE == "cuda":
+            import torch
+
+            if torch.cuda.device_count() < ranks:
+                pytest.skip(f"needs {ranks} GPUs")
         self._start()
         name = f"{function.__module__}:{function.__qualname__}"
         with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +102,12 @@ def _serve(pipe: Any) -> None:
             function = getattr(importlib.import_module(module), path)
             from datetime import timedelta
 
+            backend = "gloo"
+            if DEVICE == "cuda":
+                backend = "nccl"
+                torch.cuda.set_device(rank)
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+                backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
             )
             try:
                 answer = ("done", function(*args))
