@@ -34,7 +34,7 @@ def _bare_copy(module: nn.Module) -> nn.Module:
         return copy.copy(module)
     # FSDP2 gives its modules a class of two bases, itself and the original, whose __new__ builds the original anew,
     # weights and all. What it does around a forward are hooks, which the twin has; its methods know the original alone.
-    twin = object.__new__(cls.__bases__[-1])
+    twin: nn.Module = object.__new__(cls.__bases__[-1])
     twin.__dict__.update(module.__dict__)
     return twin
 

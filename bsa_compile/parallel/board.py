@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,7 +36,8 @@ class Board:
         self.rank = dist.get_rank()
         self.timeout = timeout
         # A connection of its own: the main thread's may be blocked in a collective's set-up.
-        store = dist.distributed_c10d._get_default_store().clone()
+        default: Any = dist.distributed_c10d._get_default_store()
+        store = default.clone()
         prefix = f"bsa_compile/{'.'.join(map(str, self.ranks))}"
         # These ranks make their boards in the same order, whatever others a rank may be part of.
         number = store.add(f"{prefix}/boards of {self.rank}", 1)

@@ -101,10 +101,6 @@ class FrameSplit:
         x = x.flatten(-3, -2).narrow(-2, starts(sizes)[index], sizes[index])
         return x.flatten(-3, -2).contiguous()
 
-    def join_region(self, parts: Sequence[Tensor]) -> Tensor:
-        """Shares `[..., frames, n_j, C]` of a region's Ulysses ranks to `[..., frames, n, C]`."""
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-2)
-
     def join_frame(self, regions: Sequence[Tensor]) -> Tensor:
         """Regions `[..., frames, n_i, C]` of the ring's members to `[..., frames, height * width, C]`."""
         if len(regions) == 1:

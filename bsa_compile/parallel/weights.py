@@ -31,7 +31,8 @@ def shard_weights(model: LongCatVideoTransformer3DModel, mesh: DeviceMesh) -> Lo
     flat = _flat(mesh)
     for block in model.blocks:
         fully_shard(block, mesh=flat)
-    return fully_shard(model, mesh=flat)
+    fully_shard(model, mesh=flat)
+    return model
 
 
 def load_sharded(
