@@ -35,9 +35,9 @@ class Board:
         self.ranks = tuple(ranks)
         self.rank = dist.get_rank()
         self.timeout = timeout
-        # A connection of its own: the main thread's may be blocked in a collective's set-up.
-        default: Any = dist.distributed_c10d._get_default_store()
-        store = default.clone()
+        # A connection of its own, where torch can make one: the main thread's may be blocked in a collective's set-up.
+        store: Any = dist.distributed_c10d._get_default_store()
+        store = store.clone() if hasattr(store, "clone") else store
         prefix = f"bsa_compile/{'.'.join(map(str, self.ranks))}"
         # These ranks make their boards in the same order, whatever others a rank may be part of.
         number = store.add(f"{prefix}/boards of {self.rank}", 1)

@@ -119,7 +119,7 @@ def checked() -> None:
     group = mesh_of(Case((1, 1, 1), {"ring": size})).get_group().group_name
     grid, tile = [2, 2 * size, 3], [2, 2, 2]
     torch.manual_seed(rank)
-    q, k, v = (torch.randn(1, 2, 12, WIDTH).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 12, WIDTH, device=device()).requires_grad_() for _ in range(3))
     ring = (1, list(range(0, 2 * size + 1, 2)), rank, group)
     grids = (grid, tile, grid, tile)
     select = (q.detach(), k.detach(), *grids, *ring, 0.5, None, 0.25)
@@ -128,4 +128,5 @@ def checked() -> None:
     opcheck(torch.ops.bsa.ring_attend.default, (q, k, v, *lists, *grids, *ring, 0.25))
     opcheck(torch.ops.bsa.ring_attend.default, (q, k, v, None, None, *grids, *ring, 0.25))
     shares = [1] * size
-    opcheck(torch.ops.bsa.gather_shares.default, (torch.randn(3, 1, requires_grad=True), 1, shares, rank, group, 2.0))
+    share = torch.randn(3, 1, device=device()).requires_grad_()
+    opcheck(torch.ops.bsa.gather_shares.default, (share, 1, shares, rank, group, 2.0))

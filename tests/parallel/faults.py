@@ -15,6 +15,7 @@ import bsa_compile
 from bsa_compile.errors import ParallelError
 
 from .jobs import POLICY, Case, inputs_of, mesh_of, model_of
+from .pool import BACKEND, DEVICE
 
 SECONDS = 4.0
 
@@ -81,7 +82,9 @@ def absent(missing: int) -> str:
 
 def lose(fault: str, store: str, rank: int) -> None:
     """Two ranks, of which the second is lost in its second call, in block 1."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=2)
     case = Case((3, 2, 2), {"context": 2})
     fast, given = _optimized(case), inputs_of(case)
     with torch.no_grad():

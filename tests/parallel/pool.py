@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 DEVICE = os.environ.get("BSA_TEST_DEVICE", "cpu")
+BACKEND = "nccl" if DEVICE == "cuda" else "gloo"
 SIZE = 4
 SECONDS = 90.0
 
@@ -102,12 +103,10 @@ def _serve(pipe: Any) -> None:
             function = getattr(importlib.import_module(module), path)
             from datetime import timedelta
 
-            backend = "gloo"
             if DEVICE == "cuda":
-                backend = "nccl"
                 torch.cuda.set_device(rank)
             dist.init_process_group(
-                backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+                BACKEND, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
             )
             try:
                 answer = ("done", function(*args))
