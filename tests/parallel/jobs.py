@@ -328,3 +328,19 @@ def selections(case: Case) -> tuple[int, int, float]:
             different += 1
         rows += counts.numel()
     return rows, different, worst
+
+
+def gradients_whole(case: Case) -> dict[str, float]:
+    """`gradients` with the model in one graph, checkpointed blocks in graphs of their own inside it."""
+    return gradients(case, True, backend="aot_eager", regional=False, fullgraph=True)
+
+
+def under_autocast(case: Case) -> tuple[float, str]:
+    """Error of the output, and its dtype, in a bf16 autocast region."""
+    model, given = model_of(case.heads), inputs_of(case)
+    fast = optimized(model, case)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        with alone(model, case.policy):
+            expected = call(model, case, given)
+        out = call(fast, case, given)
+    return relative_error(out, expected), str(out.dtype)

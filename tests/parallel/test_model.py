@@ -63,3 +63,16 @@ def test_meshes_and_models_that_cannot_be_used(pool):
     assert "at most as many Ulysses ranks as heads (1), got 2" in said["too few heads"]
     assert "mesh_timeout must be a number of seconds > 0" in said["timeout"]
     assert "LongCatVideoTransformer3DModel with mesh=, got Linear" in said["another model"]
+
+
+@pytest.mark.parametrize("mesh", [{"context": 2}, {"ring": 2}], ids=str)
+def test_one_graph_with_checkpointed_blocks_trains(pool, mesh):
+    for errors in pool.run(2, jobs.gradients_whole, Case((3, 4, 6), mesh, cond=1)):
+        assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("mesh", [{"context": 2}, {"ring": 2}], ids=str)
+def test_autocast(pool, mesh):
+    for error, dtype in pool.run(2, jobs.under_autocast, Case((3, 4, 6), mesh)):
+        assert error < 1e-2  # bf16: its own rounding is 4e-3
+        assert dtype == "torch.float32"
