@@ -30,7 +30,7 @@ import bsa_compile
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.parallel import shard_weights
 from bsa_compile.parallel.mesh import resolve, tile_units
-from bsa_compile.parallel.plan import Plan
+from bsa_compile.parallel.plan import Plan, overlapping_groups
 from bsa_compile.parallel.split import FrameSplit
 from bsa_compile.structured import structured_qkv
 
@@ -101,7 +101,7 @@ def attention(grid: Grid, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, repea
     ranks = resolve(mesh, HEADS)
     units = tile_units([policy.chunk_3d_shape_q, policy.chunk_3d_shape_k])
     split = FrameSplit.of(grid[1], grid[2], ranks.ring.size, ranks.ulysses.size, units)
-    plan = Plan(split, ranks, HEADS)
+    plan = Plan(split, ranks, HEADS, overlapping_groups(HEADS, ranks.ulysses.size))
     q, k, v = structured_qkv(grid, heads=HEADS, head_dim=WIDTH, dtype=torch.bfloat16, device="cuda")
     mine = [plan.take(x) for x in (q, k, v)]
 

@@ -20,7 +20,7 @@ from .agreement import agree, weights_digest
 from .board import Board, named
 from .exchange import MeanOfGradients, gather_shares
 from .mesh import Ranks, check, resolve, tile_units
-from .plan import Plan
+from .plan import Plan, overlapping_groups
 from .split import FrameSplit, even, starts
 from .watch import Watch
 
@@ -180,7 +180,9 @@ class ContextParallel:
         ranks = self.ranks
         units = tile_units(list(_tiles(policy))) if ranks.ring.size > 1 else (1, 1)
         split = FrameSplit.of(height, width, ranks.ring.size, ranks.ulysses.size, units)
-        return Plan(split, ranks, self.heads)
+        # Where gradients are recorded nothing overlaps: a traced collective with a gradient is waited for at once.
+        groups = 1 if torch.is_grad_enabled() else overlapping_groups(self.heads, ranks.ulysses.size)
+        return Plan(split, ranks, self.heads, groups)
 
     def _input(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,68 +12,98 @@ from torch import Tensor
 
 from ..ops.ring_share import finish_gather, start_gather
 from .mesh import Line
-from .split import starts
+from .split import even, starts
 
 
-def to_heads(x: Tensor, frames: int, heads: Sequence[int], counts: Sequence[int], line: Line) -> Tensor:
-    """Some tokens of all heads become all tokens of some heads; the first half, with the exchange under way.
+@dataclass(frozen=True)
+class Exchange:
+    """An all-to-all of heads against tokens among the ranks of a line.
 
-    Heads lie outermost while they travel: a contiguous `[H, B, S, D]` needs no packing, and what arrives is in pieces
-    that `from_pieces` joins.
+    Heads lie outermost while they travel: then pieces are joined by one copy. What `start_*` gives is under way; only
+    `join_heads` and `finish_tokens` wait for it.
 
-    Args:
-        x: `[B, H, frames * n, D]`, this rank's tokens.
-        frames: latent frames.
-        heads: of each rank.
-        counts: positions in a frame of each rank; n is this one's.
+    Attributes:
         line: the ranks.
-
-    Returns:
-        `[sum of pieces, D]`; whatever is not contiguous in it waits for the exchange.
+        heads: (first, number) of the heads that each rank attends with.
+        counts: positions in a frame of each rank.
     """
-    batch, _, tokens, width = x.shape
-    packed = x.transpose(0, 1).reshape(-1, width)
-    here = heads[line.index]
-    sent = [h * batch * tokens for h in heads]
-    received = [here * batch * frames * n for n in counts]
-    return _all_to_all(packed, received, sent, line)
+
+    line: Line
+    heads: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+
+    @property
+    def here(self) -> int:
+        """Heads of this rank."""
+        return self.heads[self.line.index][1]
+
+    def start_heads(self, x: Tensor, frames: int) -> Tensor:
+        """Send this rank's tokens of each rank's heads.
+
+        Args:
+            x: `[B, H, frames * n, D]`, all heads.
+            frames: latent frames.
+
+        Returns:
+            Rows of D that `join_heads` joins.
+        """
+        batch, _, tokens, width = x.shape
+        by_head = x.transpose(0, 1)
+        packed = torch.cat([by_head[a : a + n].reshape(-1, width) for a, n in self.heads])
+        sent = [n * batch * tokens for _, n in self.heads]
+        return _start(packed, [self.here * batch * frames * n for n in self.counts], sent, self.line)
+
+    def join_heads(self, pending: Tensor, batch: int, frames: int) -> Tensor:
+        """`[B, here, frames * n, D]`: this rank's heads, with n positions of the whole region."""
+        arrived, width = _finish(pending), pending.shape[-1]
+        parts = arrived.split([self.here * batch * frames * n for n in self.counts])
+        shaped = [p.view(self.here, batch, frames, n, width) for p, n in zip(parts, self.counts, strict=True)]
+        return torch.cat(shaped, dim=3).flatten(2, 3).transpose(0, 1)
+
+    def start_tokens(self, x: Tensor, frames: int) -> Tensor:
+        """Send each rank its tokens of this rank's heads `[B, here, frames * n, D]`."""
+        batch, here, _, width = x.shape
+        by_frame = x.transpose(0, 1).unflatten(2, (frames, sum(self.counts)))  # [here, B, T, n, D]
+        packed = torch.cat([part.reshape(-1, width) for part in by_frame.split(list(self.counts), dim=3)])
+        tokens = batch * frames * self.counts[self.line.index]
+        sent = [here * batch * frames * n for n in self.counts]
+        return _start(packed, [n * tokens for _, n in self.heads], sent, self.line)
+
+    def finish_tokens(self, pending: Tensor, batch: int) -> list[Tensor]:
+        """Of each rank's heads `[heads, B, frames * n, D]`, this rank's tokens."""
+        arrived, width = _finish(pending), pending.shape[-1]
+        heads = sum(n for _, n in self.heads)
+        shaped = arrived.view(heads, batch, arrived.shape[0] // (batch * heads), width)
+        return list(shaped.split([n for _, n in self.heads]))
 
 
-def from_pieces(
-    pieces: Tensor, batch: int, frames: int, heads: Sequence[int], counts: Sequence[int], line: Line
-) -> Any:
-    """What `to_heads` brought, as one `[B, heads[index], frames * n, D]` with n positions of the whole region."""
-    here, width = heads[line.index], pieces.shape[-1]
-    parts = pieces.split([here * batch * frames * n for n in counts])
-    shaped = [p.view(here, batch, frames, n, width) for p, n in zip(parts, counts, strict=True)]
-    return torch.cat(shaped, dim=3).flatten(2, 3).transpose(0, 1)
-
-
-def to_tokens(x: Tensor, frames: int, heads: Sequence[int], counts: Sequence[int], line: Line) -> Tensor:
-    """All tokens of some heads become some tokens of all heads.
+def exchanges(line: Line, heads: Sequence[int], counts: Sequence[int], groups: int) -> list[Exchange]:
+    """One exchange for each group of heads; every rank has a part of each.
 
     Args:
-        x: `[B, heads[index], frames * n, D]` with n positions of the whole region.
-        frames, heads, counts, line: as in `to_heads`.
-
-    Returns:
-        `[B, H, frames * counts[index], D]`.
+        line: the ranks.
+        heads: of each rank, at least `groups`.
+        counts: positions in a frame of each rank.
+        groups: how many.
     """
-    batch, here, _, width = x.shape
-    mine = counts[line.index]
-    by_frame = x.transpose(0, 1).unflatten(2, (frames, sum(counts)))  # [H_here, B, T, n, D]
-    ends = starts(counts)
-    packed = torch.cat([by_frame[:, :, :, a : a + n].reshape(-1, width) for a, n in zip(ends, counts, strict=False)])
-    sent = [here * batch * frames * n for n in counts]
-    received = [h * batch * frames * mine for h in heads]
-    arrived = _all_to_all(packed, received, sent, line)
-    return arrived.reshape(sum(heads), batch, frames * mine, width).transpose(0, 1)
+    parts = [(first, even(number, groups)) for first, number in zip(starts(heads), heads, strict=False)]
+    return [
+        Exchange(line, tuple((first + sum(sizes[:g]), sizes[g]) for first, sizes in parts), tuple(counts))
+        for g in range(groups)
+    ]
 
 
-def _all_to_all(x: Tensor, received: list[int], sent: list[int], line: Line) -> Tensor:
+def _start(x: Tensor, received: list[int], sent: list[int], line: Line) -> Tensor:
     """Rows of x to each rank and from each rank, so many."""
     group: Any = line.group  # a name: its type is one of its own in some releases
-    return collectives.all_to_all_single_autograd(x, received, sent, group)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return collectives.all_to_all_single_autograd(x, received, sent, group)
+    # A tracer would let the function above wait at once.
+    return torch.ops._c10d_functional.all_to_all_single(x, received, sent, group)
+
+
+def _finish(x: Tensor) -> Tensor:
+    return x if x.requires_grad else torch.ops._c10d_functional.wait_tensor(x)
 
 
 @torch.library.custom_op("bsa::gather_shares", mutates_args=())

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..ops import attention, ring_attention
-from .exchange import from_pieces, gather_shares, to_heads, to_tokens
+from .exchange import Exchange, exchanges, gather_shares
 from .mesh import Ranks
 from .split import FrameSplit, Grid, even
+
+GROUPS, GROUP_HEADS = 4, 4
+"""The most groups of heads that overlap, and the fewest heads of one: fewer leave a GPU half empty."""
+
+
+def overlapping_groups(heads: int, ulysses: int) -> int:
+    """Groups into which each Ulysses rank's heads are divided."""
+    return max(1, min(GROUPS, heads // ulysses // GROUP_HEADS)) if ulysses > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,13 @@ class Plan:
         split: which positions each rank holds.
         ranks: this rank's place.
         heads: attention heads.
+        groups: into which the heads of each Ulysses rank are divided: one is attended with while others travel.
     """
 
     split: FrameSplit
     ranks: Ranks
     heads: int
+    groups: int = 1
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -74,15 +85,27 @@ class Plan:
         Returns:
             `[B, H, t_q * n, D]`.
         """
-        line, batch, frames = self.ranks.ulysses, q.shape[0], (grid_q[0], grid_k[0], grid_k[0])
+        line, batch = self.ranks.ulysses, q.shape[0]
         whole_q, whole_k = [(t, self.split.height, self.split.width) for t in (grid_q[0], grid_k[0])]
         if line.size == 1:
             return self._inner(q, k, v, whole_q, whole_k, role)
-        heads, counts = even(self.heads, line.size), self.counts
-        # All three are under way before the first is waited for: each is packed and joined while another travels.
-        sent = [to_heads(x, t, heads, counts, line) for x, t in zip((q, k, v), frames, strict=True)]
-        q, k, v = (from_pieces(x, batch, t, heads, counts, line) for x, t in zip(sent, frames, strict=True))
-        return to_tokens(self._inner(q, k, v, whole_q, whole_k, role), grid_q[0], heads, counts, line)
+        groups = exchanges(line, even(self.heads, line.size), self.counts, self.groups)
+        operands = [(q, grid_q[0]), (k, grid_k[0]), (v, grid_k[0])]
+
+        def start(exchange: Exchange) -> list[Tensor]:
+            return [exchange.start_heads(x, frames) for x, frames in operands]
+
+        coming, going = start(groups[0]), []
+        for index, exchange in enumerate(groups):
+            here = coming
+            if index + 1 < len(groups):  # on its way while this group is joined and attended with
+                coming = start(groups[index + 1])
+            joined = [exchange.join_heads(x, batch, t) for x, (_, t) in zip(here, operands, strict=True)]
+            out = self._inner(*joined, whole_q, whole_k, role)
+            going.append(exchange.start_tokens(out, grid_q[0]))  # while the next group is attended with
+        done = [exchange.finish_tokens(x, batch) for exchange, x in zip(groups, going, strict=True)]
+        by_rank = [group[rank] for rank in range(line.size) for group in done]
+        return torch.cat(by_rank).transpose(0, 1)
 
     def _inner(self, q: Tensor, k: Tensor, v: Tensor, grid_q: Grid, grid_k: Grid, role: str) -> Tensor:
         """Attention of some heads of this region's tokens."""

@@ -49,7 +49,9 @@ def _sparse(tile: tuple[int, int, int], criteria: dict[str, float]) -> Iterator[
         plans.attention, plans.ring_attention = before
 
 
-def attention(case: Case, tile: tuple[int, int, int], criteria: dict[str, float] | None, seed: int) -> dict[str, float]:
+def attention(
+    case: Case, tile: tuple[int, int, int], criteria: dict[str, float] | None, seed: int, groups: int = 1
+) -> dict[str, float]:
     """Largest differences from one process of output and gradients, relative to the largest value.
 
     Args:
@@ -57,6 +59,7 @@ def attention(case: Case, tile: tuple[int, int, int], criteria: dict[str, float]
         tile: of queries and keys.
         criteria: of the selection; None: dense.
         seed: of q, k, v.
+        groups: of heads.
     """
     generator = torch.Generator().manual_seed(seed)
     t, h, w = case.grid
@@ -72,11 +75,14 @@ def attention(case: Case, tile: tuple[int, int, int], criteria: dict[str, float]
 
     ranks = resolve(mesh_of(case), case.heads)
     split = FrameSplit.of(h, w, ranks.ring.size, ranks.ulysses.size, tile_units([tile]))
-    plan = Plan(split, ranks, case.heads)
+    plan = Plan(split, ranks, case.heads, min(groups, case.heads // ranks.ulysses.size))
     with _sparse(tile, criteria) if criteria is not None else contextlib.nullcontext():
         mine = [plan.take(x) for x in inputs]
         shares = plan.share(grid_q), plan.share(grid_k)
-        out = plan.attend(*mine, grid_q=shares[0], grid_k=shares[1], role="noise" if case.cond else "self")
+        options = {"grid_q": shares[0], "grid_k": shares[1], "role": "noise" if case.cond else "self"}
+        out = plan.attend(*mine, **options)
+        with torch.no_grad():  # other collectives: those that are waited for late
+            assert torch.equal(plan.attend(*mine, **options), out)
         gradients = _grad_of(out, inputs, plan.take(towards))
     flat = out.transpose(1, 2).flatten(2)  # [B, S, H * D], as the model gathers it
     whole = plan.gather(flat, grid_q).unflatten(2, (case.heads, WIDTH)).transpose(1, 2)
@@ -130,3 +136,25 @@ def checked() -> None:
     shares = [1] * size
     share = torch.randn(3, 1, device=device()).requires_grad_()
     opcheck(torch.ops.bsa.gather_shares.default, (share, 1, shares, rank, group, 2.0))
+
+
+def order() -> list[str]:
+    """Collectives and attention in the traced graph of two groups of heads, in order."""
+    case = Case((2, 2, 3), {"ulysses": 2}, heads=4)
+    ranks = resolve(mesh_of(case), case.heads)
+    plan = Plan(FrameSplit.of(2, 3, 1, 2), ranks, case.heads, 2)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names = {"all_to_all_single": "start", "wait_tensor": "wait", "bsa.attention": "attend"}
+        for node in graph.graph.nodes:
+            seen.extend(word for name, word in names.items() if name in str(node.target))
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plan.attend(q, k, v, grid_q=(2, 1, 3), grid_k=(2, 1, 3), role="self")
+
+    with torch.no_grad():
+        attend(*(torch.randn(1, 4, 6, WIDTH, device=device()) for _ in range(3)))
+    return seen

@@ -35,12 +35,13 @@ def problems(draw):
     heads = draw(st.integers(mesh.get("ulysses", 1), 5))
     case = Case(grid, mesh, heads=heads, batch=draw(st.integers(1, 2)), cond=draw(st.integers(0, grid[0] - 1)))
     tile = draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)))
-    return case, tile, draw(st.sampled_from(CRITERIA)), draw(st.integers(0, 9))
+    return case, tile, draw(st.sampled_from(CRITERIA)), draw(st.integers(0, 9)), draw(st.integers(1, 3))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 @example(problem=(Case((4, 5, 6), {"ulysses": 3}, heads=5), (2, 2, 3), {"sparsity": 0.5}, 0))
+@example(problem=(Case((3, 4, 5), {"ulysses": 2}, heads=5, batch=2, cond=1), (2, 2, 3), {"sparsity": 0.5}, 0, 2))
 @example(problem=(Case((2, 1, 1), {"ring": 4}, heads=1), (2, 2, 2), {"sparsity": 0.5}, 0))  # three hold nothing
 @example(problem=(Case((2, 1, 1), {"ulysses": 4}, heads=4), (2, 2, 2), None, 0))
 @example(problem=(Case((1, 1, 1), {"ring": 2}, heads=1), (1, 1, 1), None, 0))
@@ -54,6 +55,16 @@ def test_any_split_gives_what_one_process_does(pool, problem):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_member_that_nobody_selects_leaves_no_trace(pool, ranks):
     assert pool.run(ranks, exchanges.merge_is_exact) == [(True, True)] * ranks
+
+
+def test_one_group_travels_while_another_is_attended_with(pool):
+    for seen in pool.run(2, exchanges.order):
+        first, second = [i for i, word in enumerate(seen) if word == "attend"]
+        assert seen[:first].count("start") == 6  # q, k, v of both groups
+        assert seen[:first].count("wait") == 3  # of the first one alone
+        assert seen[first:second].count("start") == 1  # the first group's output goes home
+        assert seen[first:second].count("wait") == 3
+        assert seen[second:].count("wait") == 2
 
 
 def test_opcheck(pool):

@@ -11,6 +11,7 @@ CASES = [
     Case((4, 5, 6), {"context": 2}),
     Case((3, 5, 7), {"context": 3}, batch=2),  # four heads and 35 positions on three ranks
     Case((2, 3, 5), {"ulysses": 4}, cond=1),
+    Case((3, 4, 5), {"context": 2}, heads=17, cond=1),  # two groups of heads: one attends while the other travels
     Case((5, 4, 6), {"context": 3}, cond=2, batch=2),
     Case((5, 4, 6), {"context": 2}, cond=2, cached=True, batch=2),
     Case((3, 3, 4), {"context": 4}, cond=1, cached=True, options={"offload_kv_cache": True}),
