@@ -100,8 +100,8 @@ class Plan:
             here = coming
             if index + 1 < len(groups):  # on its way while this group is joined and attended with
                 coming = start(groups[index + 1])
-            joined = [exchange.join_heads(x, batch, t) for x, (_, t) in zip(here, operands, strict=True)]
-            out = self._inner(*joined, whole_q, whole_k, role)
+            q, k, v = (exchange.join_heads(x, batch, t) for x, (_, t) in zip(here, operands, strict=True))
+            out = self._inner(q, k, v, whole_q, whole_k, role)
             going.append(exchange.start_tokens(out, grid_q[0]))  # while the next group is attended with
         done = [exchange.finish_tokens(x, batch) for exchange, x in zip(groups, going, strict=True)]
         by_rank = [group[rank] for rank in range(line.size) for group in done]

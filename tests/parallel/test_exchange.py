@@ -38,7 +38,7 @@ def problems(draw):
     return case, tile, draw(st.sampled_from(CRITERIA)), draw(st.integers(0, 9)), draw(st.integers(1, 3))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 @example(problem=(Case((4, 5, 6), {"ulysses": 3}, heads=5), (2, 2, 3), {"sparsity": 0.5}, 0))
 @example(problem=(Case((3, 4, 5), {"ulysses": 2}, heads=5, batch=2, cond=1), (2, 2, 3), {"sparsity": 0.5}, 0, 2))

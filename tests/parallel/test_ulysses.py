@@ -17,7 +17,6 @@ CASES = [
     Case((3, 3, 4), {"context": 4}, cond=1, cached=True, options={"offload_kv_cache": True}),
     Case((3, 4, 5), {"context": 2}, policy=None),
     Case((2, 1, 2), {"context": 4}),  # two ranks hold no token
-    Case((4, 4, 6), {"cfg": 2, "context": 2}, batch=2),
     Case((3, 4, 6), {"cfg": 2, "context": 2}, batch=3, cond=1),
     Case((3, 4, 6), {"cfg": 2, "context": 2}),  # one sample for two groups: both compute it
 ]
