@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .adapters import adapter_for, request_of
-from .backend import BSABackend, effective_policy, log_enabled, starts_enabled
+from .backend import BSABackend, effective_policy, log_enabled, source_digest, starts_enabled
 from .errors import BSACompileError, PolicyError, UsageError, must
 from .grid import TokenGrid
 from .module_tree import repeated_blocks, share_tree, with_own_code
@@ -110,6 +110,8 @@ def optimize(
     backend: str = "inductor",
     regional: bool | None = None,
     fullgraph: bool = False,
+    mesh: Any = None,
+    mesh_timeout: float | None = 600.0,
 ) -> Any:
     """Make the self-attention of a video diffusion transformer block-sparse, and compile it.
 
@@ -128,6 +130,11 @@ def optimize(
         regional: compile the model's repeated blocks one by one (equal blocks compile once) instead of the whole
             model; by default where the model is known to carry its grid into every block, and not with CUDA graphs.
         fullgraph: as in `torch.compile`.
+        mesh: a `DeviceMesh` whose ranks share the tokens of each call, and who all make the same calls. Its dimension
+            is named `context`; or `ring`, `ulysses` or both to choose how they exchange; one named `cfg` before them
+            shares out the batch. LongCat DiT of this package only.
+        mesh_timeout: seconds that the ranks wait for one that died or hangs, before the job ends with a message that
+            names it; longer than the compilation of a block takes. None: for ever.
 
     Returns:
         An instance of the model's class and of `OptimizedModel`: `report`, `policy`, `set_policy`, `enable_bsa`,
@@ -137,7 +144,9 @@ def optimize(
         PolicyError: `policy` is no BSAPolicy, or names an unknown implementation.
         GridError: `grid` is not three positive integers; at the first call, if sources of the grid disagree.
         UsageError: `model` is no plain nn.Module or is optimized already, `backend`, `mode` or `options` are unknown,
-            or `regional=True` on a model without repeated blocks.
+            or `regional=True` on a model without repeated blocks, or `mesh` is no mesh that can be used.
+        UnsupportedError: `mesh` is given with another model than the LongCat DiT.
+        ParallelError: the ranks of `mesh` differ in policy, checkpoint, versions or options; one error names them.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise UsageError(must("model", "be an nn.Module that torch.compile can trace", type(model).__name__))
@@ -167,8 +176,19 @@ def optimize(
         log.info("the policy argument, which is disabled, overrides enable_bsa: true of the model's configuration")
     elif not starts_enabled(policy, model) and request.switched is not False:
         chosen = dataclasses.replace(chosen, enabled=False)
+    context = None
+    if mesh is not None:
+        from .parallel import ContextParallel  # torch may have been built without torch.distributed
+
+        facts = {
+            "policy": [chosen.describe(), chosen.digest, request.switched],
+            "the sources of bsa_compile": source_digest(),
+            "grid, mode, options, dynamic, backend": [str(v) for v in backend_options.values()],
+            "regional and fullgraph": [regional, fullgraph],
+        }
+        context = ContextParallel(model, mesh, facts, mesh_timeout)
     tree = share_tree(model)
-    cls = type(model)
+    cls = type(tree)
     adapter = adapter_for(model)
     if regional is None:
         regional = adapter.carries_grid and repeated_blocks(model) is not None and not probe.uses_cudagraphs
@@ -184,6 +204,7 @@ def optimize(
         regional=regional,
         fullgraph=fullgraph,
         backend_options=backend_options,
+        context=context,
     )
 
     @functools.wraps(cls.forward)

@@ -94,12 +94,12 @@ def _attend_chunk(q: Tensor, keys: _Keys, selected: Tensor, tile_bytes: int, sca
         out, lse = out[:, 0], lse[:, 0]
         if missing is not None:
             lse = lse.masked_fill(missing.all(-1, keepdim=True), -math.inf)
-        result = (out, lse) if result is None else _merge(*result, out, lse)
+        result = (out, lse) if result is None else merge(*result, out, lse)
     assert result is not None  # a chunk has rows, and a row has tiles
     return result
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys; out becomes fp32 (fp64)."""
     both = torch.logaddexp(lse, other_lse)
     shift = both.masked_fill(both == -math.inf, 0)

@@ -51,6 +51,10 @@ class UsageError(BSACompileError, ValueError):
     """A command-line or API argument is wrong."""
 
 
+class ParallelError(BSACompileError, RuntimeError):
+    """Ranks that work on one video ask for different things, or one of them is lost; the message names it."""
+
+
 def must(argument: str, constraint: str, got: object, todo: str = "") -> str:
     """Format an error text: ``<argument> must <constraint>, got <got>. <todo>``."""
     text = f"{argument} must {constraint}, got {got}."

@@ -19,12 +19,23 @@ def share_tree(module: nn.Module, _seen: dict[int, nn.Module] | None = None) -> 
     seen = {} if _seen is None else _seen
     if id(module) in seen:  # a module used in two places is one module in the copy too
         return seen[id(module)]
-    twin = copy.copy(module)
+    twin = _bare_copy(module)
     seen[id(module)] = twin
     twin.__dict__.update({"_parameters": module._parameters, "_buffers": module._buffers})
     twin.__dict__["_modules"] = {
         name: child if child is None else share_tree(child, seen) for name, child in module._modules.items()
     }
+    return twin
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    cls = type(module)
+    if cls.__new__ is object.__new__:
+        return copy.copy(module)
+    # FSDP2 gives its modules a class of two bases, itself and the original, whose __new__ builds the original anew,
+    # weights and all. What it does around a forward are hooks, which the twin has; its methods know the original alone.
+    twin: nn.Module = object.__new__(cls.__bases__[-1])
+    twin.__dict__.update(module.__dict__)
     return twin
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from .module_tree import repeated_blocks, with_own_code
 from .plain_errors import plain_errors
 from .policy import BSAPolicy, Rule
 from .report import Report
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
+    from .parallel.plan import Plan
 
 # Grids, batch sizes and grad modes that a model may see under one policy before it is an error; Dynamo's own limit of 8
 # would be reached by a handful of resolutions, and past it Dynamo runs the model dense without a word.
@@ -72,11 +76,13 @@ class State:
         switch: the policy in force, with its steps; the dense one while block sparse attention is off.
         policy: the same at the current step.
         grid: that of the surrounding `latent_grid`.
+        plan: which tokens this process holds, where several share them.
     """
 
     switch: BSAPolicy
     policy: BSAPolicy
     grid: TokenGrid | None
+    plan: Plan | None = None
 
 
 _RUNNING: ContextVar[tuple[Runtime, State] | None] = ContextVar("bsa_compile_running", default=None)
@@ -100,8 +106,10 @@ class Runtime:
         regional: bool,
         fullgraph: bool,
         backend_options: dict[str, Any],
+        context: ContextParallel | None = None,
     ) -> None:
         self.tree = tree
+        self.context = context
         self.policy = policy
         self.off = off
         self.adapter = adapter_for(tree)
@@ -119,6 +127,8 @@ class Runtime:
         self._blocks: list[tuple[str, tuple[str, ...]]] = []
         self._memory = _Memory()
         self.adapter.install(tree)
+        if context is not None:
+            context.install(tree)
         self.regional = regional
         if regional:
             self._install_regional()
@@ -145,6 +155,11 @@ class Runtime:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.adapter.before_call(self.tree, args, kwargs)
+        if self.context is not None:
+            return self.context.call(self._run, args, kwargs, self.policy, self._now().policy)
+        return self._run(args, kwargs)
+
+    def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with self._running("", args, kwargs) as state:
             if self.regional:
                 return self._forward(*args, **kwargs)
@@ -161,6 +176,9 @@ class Runtime:
             else:  # checkpointing runs the block once more in the backward pass, or somebody calls it directly
                 state = stack.enter_context(self._running(prefix, args, kwargs))
             stack.enter_context(plain_errors(self._compiler, f"{prefix}: "))
+            if self.context is not None:
+                self.context.use(state.plan)
+                self.context.move()
             policy = _relative_policy(state.policy, prefix, names)
             return self._code_for(prefix, policy, state, method)(*args, **kwargs)
 
@@ -168,7 +186,8 @@ class Runtime:
 
     def _now(self) -> State:
         switch = self.in_force
-        return State(switch, _at_step(switch, current_step()), current_grid())
+        plan = self.context.plan if self.context is not None else None
+        return State(switch, _at_step(switch, current_step()), current_grid(), plan)
 
     @contextmanager
     def _running(self, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[State]:

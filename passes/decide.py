@@ -197,9 +197,9 @@ class Decider:
             ("grid_q", match.q, match.q_dim, said.grid_q),
             ("grid_k", match.k, match.k_dim, said.grid_k),
         ):
-            tokens = shape(value(operand))[dim]
-            if not self.sizes.same(product(grid), tokens) and not self._same_hint(product(grid), tokens):
-                got = f"{text(grid)} for {tokens} tokens"
+            tokens, here = shape(value(operand))[dim], match.here(grid)
+            if not self.sizes.same(product(here), tokens) and not self._same_hint(product(here), tokens):
+                got = f"{text(here)} for {tokens} tokens"
                 raise GridError(
                     must(name, f"hold as many tokens as its tensor {where}", got, "Check the anchor's grids.")
                 )
@@ -269,7 +269,7 @@ class Decider:
         if match.layout == "BSHD":
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         tiles = (chosen.chunk_3d_shape_q, chosen.chunk_3d_shape_k)
-        return q, k, v, gridded.grid_q, tiles[0], gridded.grid_k, tiles[1], "raster"
+        return q, k, v, match.here(gridded.grid_q), tiles[0], match.here(gridded.grid_k), tiles[1], "raster"
 
     def _comparable(self, grid: Grid) -> tuple[int, ...]:
         """A grid that the policy may compare. Where it compares symbolic sizes the code is guarded on the outcome."""

@@ -58,12 +58,20 @@ class Emitter:
         scale = float(match.scale) if match.scale is not None else value(q).shape[3] ** -0.5
         ops, detach = torch.ops.bsa, torch.ops.aten.detach.default
         gate_q, gate_k = self._call(detach, q), self._call(detach, k)  # the selection gets no gradient
+        grids = (grid_q, tile_q, grid_k, tile_k)
+        criteria = (policy.sparsity, policy.cdf_threshold, scale)
+        if match.ring:
+            selected = self._call(ops.ring_select.default, gate_q, gate_k, *grids, *match.ring, *criteria)
+            counts, indices = (self._call(operator.getitem, selected, i) for i in (0, 1))
+            options = (*grids, *match.ring, scale, policy.attend)
+            attended = self._call(ops.ring_attend.default, q, k, v, counts, indices, *options)
+            return self._call(operator.getitem, attended, 0)
         # The kernels read tiles straight from raster order: reordering tokens would cost a copy of each operand.
         pooled_q = self._call(ops.pool.default, gate_q, grid_q, tile_q, "raster")
         pooled_k = self._call(ops.pool.default, gate_k, grid_k, tile_k, "raster")
-        selected = self._call(ops.select.default, pooled_q, pooled_k, policy.sparsity, policy.cdf_threshold, scale)
+        selected = self._call(ops.select.default, pooled_q, pooled_k, *criteria)
         counts, indices = (self._call(operator.getitem, selected, i) for i in (0, 1))
-        options = (grid_q, tile_q, grid_k, tile_k, scale, "raster", policy.attend)
+        options = (*grids, scale, "raster", policy.attend)
         attended = self._call(ops.attend.default, q, k, v, counts, indices, *options)
         out = self._call(operator.getitem, attended, 0)
         if match.layout == "BSHD":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ops.ring_share import Ring
 from .calls import Call, call_of, is_pointwise, qualified_name, schema_of
 from .modulepath import value
 
@@ -68,6 +69,7 @@ class Match:
         grid_q, grid_k, role: what the anchor says; the grids' items are ints or nodes.
         tuple_result: whether the output is item 0 of a tuple.
         like_q: whether the output is known to have q's layout.
+        ring: axis, bounds, index and group of an anchor whose tokens are shared by a ring of ranks, else empty.
     """
 
     op: str
@@ -86,6 +88,11 @@ class Match:
     role: str = ""
     tuple_result: bool = False
     like_q: bool = True
+    ring: tuple[Any, ...] = ()
+
+    def here(self, grid: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The part of a grid that the operands hold: all of it, but for a ring's member."""
+        return Ring.of(*self.ring).grid(grid) if self.ring else grid
 
 
 def match(node: fx.Node) -> Match | None:
@@ -96,7 +103,7 @@ def match(node: fx.Node) -> Match | None:
         return None
     name = qualified_name(node.target)
     space, _, base = name.rpartition("::" if "::" in name else ".")
-    if name == "bsa::attention":
+    if name in ("bsa::attention", "bsa::ring_attention"):
         return _anchor(node)
     if space == "bsa":
         return None
@@ -145,8 +152,9 @@ def _attention(node: fx.Node, op: str, layout: str, names: Sequence[str], gqa: b
 
 def _anchor(node: fx.Node) -> Match:
     given = _bind(node, ("q", "k", "v", "grid_q", "grid_k", "role", "scale"))
+    ring = tuple(given[name] for name in ("axis", "bounds", "index", "group")) if "group" in given else ()
     return Match(
-        "bsa.attention",
+        "bsa.ring_attention" if ring else "bsa.attention",
         given["q"],
         given["k"],
         given["v"],
@@ -157,6 +165,7 @@ def _anchor(node: fx.Node) -> Match:
         grid_q=tuple(given["grid_q"]),
         grid_k=tuple(given["grid_k"]),
         role=given.get("role", "self"),
+        ring=ring,
     )
 
 

@@ -20,9 +20,9 @@ LAYERS = (
     ("files", "policy", "grid", "selection", "report", "models"),
     ("gating", "reference", "cpu"),
     ("ops",),
-    ("passes", "module_tree", "context", "adapters"),
+    ("passes", "module_tree", "context", "adapters", "parallel"),
     ("backend", "plain_errors", "runtime", "api"),
-    ("parallel", "exporting", "pipelines", "distillation"),
+    ("exporting", "pipelines", "distillation"),
     ("timing", "metrics", "capture", "structured", "viz", "benchmarking", "commands", "cli", "__main__"),
 )
 

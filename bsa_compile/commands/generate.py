@@ -6,16 +6,21 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bsa_compile.commands import common, console
 from bsa_compile.errors import PolicyError, UsageError, must
 from bsa_compile.files import check_writable
 from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, LongCatPipelineConfig
 from bsa_compile.pipelines.longcat.loading import check_folder, vae_factors
+from bsa_compile.pipelines.longcat.pipeline import Job
 from bsa_compile.pipelines.longcat.policies import as_argument
 from bsa_compile.pipelines.longcat.request import BASE_FPS, COND_FRAMES, make_request
 from bsa_compile.pipelines.longcat.resume import clear_folder
@@ -63,10 +68,40 @@ def run(args: argparse.Namespace) -> int:
     aspect = None if frames is None else frames.shape[1] / frames.shape[2]
     asked = make_request(spatial=spatial, temporal=temporal, aspect=aspect, prompt=args.prompt, **options)
 
-    pipe = LongCatPipeline.from_pretrained(
-        folder, config, device=device, torch_dtype=common.DTYPES.get(args.dtype), loras=tuple(asked.loras)
-    )
-    job = pipe.prepare(args.prompt, policy=policy, **given, **options)
+    with _processes(device, config) as (mesh, speaks):
+        several = {} if mesh is None else {"mesh": mesh}
+        pipe = LongCatPipeline.from_pretrained(
+            folder,
+            config,
+            device=device,
+            torch_dtype=common.DTYPES.get(args.dtype),
+            loras=tuple(asked.loras),
+            **several,
+        )
+        job = pipe.prepare(args.prompt, policy=policy, **given, **options)
+        if speaks:
+            return _make(pipe, job, args, output, report_path, note)
+        checkpoint = output.with_name(f"{output.name}.checkpoint")
+        pipe.run(job, checkpoint=checkpoint, resume=args.resume, keep_checkpoint=True, progress=lambda _: None)
+        return 0
+
+
+@contextmanager
+def _processes(device: torch.device, config: LongCatPipelineConfig) -> Iterator[tuple[Any, bool]]:
+    """The mesh of the processes that torchrun started, None for one; and whether this one prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None, True
+        return
+    from bsa_compile.parallel import launch
+
+    with launch.started(device, cfg_groups=config.cfg_groups, timeout=config.mesh_timeout) as mesh:
+        yield mesh, launch.is_main()
+
+
+def _make(
+    pipe: LongCatPipeline, job: Job, args: argparse.Namespace, output: Path, report_path: Path, note: str | None
+) -> int:
+    """Run a prepared job, and write its video and report."""
     if not args.json:
         print("\n".join([*job.describe(), *([note] if note else [])]), flush=True)
     checkpoint = output.with_name(f"{output.name}.checkpoint")

@@ -1,7 +1,8 @@
-"""The anchor: an attention that is dense until a pass lowers it, and that carries its token grid through tracing.
+"""The anchors: attention that is dense until a pass lowers it, and that carries its token grid through tracing.
 
-`bsa::attention` stays one node in Dynamo's and `torch.export`'s graphs. It is defined by what it is composed of
-(`CompositeImplicitAutograd`), so that where no pass lowers it AOTAutograd sees plain scaled-dot-product attention.
+`bsa::attention`, and `bsa::ring_attention` for tokens that the members of a ring share, stay one node in Dynamo's and
+`torch.export`'s graphs. They are defined by what they are composed of (`CompositeImplicitAutograd`), so that where no
+pass lowers them AOTAutograd sees plain scaled-dot-product attention, or the dense form of the ring's op.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ _library.define(
     "attention(Tensor q, Tensor k, Tensor v, SymInt[] grid_q, SymInt[] grid_k, str role='self', float? scale=None)"
     " -> Tensor"
 )
+_library.define(
+    "ring_attention(Tensor q, Tensor k, Tensor v, SymInt[] grid_q, SymInt[] grid_k, SymInt axis, SymInt[] bounds,"
+    " SymInt index, str group, str role='self', float? scale=None) -> Tensor"
+)
+_DENSE_TILE = [4, 4, 4]  # any: all tiles are attended to
 
 
 def _dense(
@@ -36,7 +42,27 @@ def _dense(
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
 
 
+def _dense_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Sequence[int],
+    grid_k: Sequence[int],
+    axis: int,
+    bounds: Sequence[int],
+    index: int,
+    group: str,
+    role: str = "self",
+    scale: float | None = None,
+) -> Tensor:
+    grids = (grid_q, _DENSE_TILE, grid_k, _DENSE_TILE)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    ring = (axis, bounds, index, group)
+    return torch.ops.bsa.ring_attend.default(q, k, v, None, None, *grids, *ring, scale)[0]
+
+
 _library.impl("attention", _dense, "CompositeImplicitAutograd")
+_library.impl("ring_attention", _dense_ring, "CompositeImplicitAutograd")
 
 
 def attention(
@@ -68,6 +94,39 @@ def attention(
     """
     grid_q = as_list(grid_q)
     return torch.ops.bsa.attention.default(q, k, v, grid_q, grid_q if grid_k is None else as_list(grid_k), role, scale)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_q: Sequence[int],
+    grid_k: Sequence[int],
+    axis: int,
+    bounds: Sequence[int],
+    index: int,
+    group: str,
+    role: str = "self",
+    scale: float | None = None,
+) -> Tensor:
+    """`attention` of tokens that are cut along one axis among the members of a ring.
+
+    Args:
+        q: `[B, H, Sq, D]`, this member's part of `grid_q` in raster order; it may be empty.
+        k, v: `[B, Hkv, Sk, D]`, this member's part of `grid_k`.
+        grid_q, grid_k: (T, H, W) of all queries and keys.
+        axis: that is cut, 1 for H or 2 for W.
+        bounds: where each member's part begins along it, and the end.
+        index: which member this process is.
+        group: name of the process group; all members call together.
+        role, scale: as in `attention`.
+
+    Returns:
+        `[B, H, Sq, D]`.
+    """
+    ring = (axis, list(bounds), index, group)
+    return torch.ops.bsa.ring_attention.default(q, k, v, list(grid_q), list(grid_k), *ring, role, scale)
 
 
 def as_list(grid: TokenGrid | Sequence[int]) -> list[int]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..grid import num_tokens, tile_volume
+from ..grid import num_tiles, num_tokens, tile_volume
+from . import definitions, ring  # noqa: F401  (they define the ops)
 
 Shape = Sequence[int]
 
@@ -61,7 +62,47 @@ def attend_backward_flops(
     return attend_flops(q, k, v, *args, **kw) * 5 // 2
 
 
+def ring_select_flops(
+    q: Shape, k: Shape, grid_q: Shape, tile_q: Shape, grid_k: Shape, tile_k: Shape, *args: Any, **kwargs: Any
+) -> int:
+    """The scores of this member's query tiles and all key tiles."""
+    batch, heads, tokens, width = q
+    num_q = -(-tokens // tile_volume(tile_q))
+    return 2 * batch * heads * num_q * num_tiles(grid_k, tile_k) * width
+
+
+def ring_attend_flops(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    kv_num_blocks: Shape | None,
+    kv_indices: Shape | None,
+    grid_q: Shape,
+    tile_q: Shape,
+    grid_k: Shape,
+    tile_k: Shape,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """As `attend_flops`, of this member's queries; without lists they attend to all keys."""
+    batch, heads, tokens, width = q
+    keys = num_tokens(grid_k)
+    if kv_indices is not None:
+        keys = min(kv_indices[3] * tile_volume(tile_k), keys)
+    return 4 * batch * heads * tokens * keys * width
+
+
+def ring_attend_backward_flops(
+    grad_out: Shape, grad_lse: Shape | None, q: Shape, k: Shape, v: Shape, out: Shape, lse: Shape, *args: Any, **kw: Any
+) -> int:
+    """Five matrix products where the forward has two."""
+    return ring_attend_flops(q, k, v, *args, **kw) * 5 // 2
+
+
 FORMULAS = {
+    torch.ops.bsa.ring_select: ring_select_flops,
+    torch.ops.bsa.ring_attend: ring_attend_flops,
+    torch.ops.bsa.ring_attend_backward: ring_attend_backward_flops,
     torch.ops.bsa.pool: pool_flops,
     torch.ops.bsa.select: select_flops,
     torch.ops.bsa.attend: attend_flops,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import GridError, InputError, UnsupportedError, must
 from ..grid import as_shape3, num_tiles, num_tokens, tile_volume
 from ..policy import ROLES
+from .ring_share import Ring
 
 LAYOUTS = ("raster", "tile")
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
@@ -220,6 +221,23 @@ def check_anchor(
     check_heads(q, k)
     check_tokens("q", q, grid_q, grid_q, "raster")
     check_tokens("k", k, grid_k, grid_k, "raster")
+
+
+def check_ring(q: Tensor, k: Tensor, grid_q: Sequence[int], grid_k: Sequence[int], ring: Ring) -> None:
+    """Arguments that the ops of a ring share; a member's share of the tokens may be empty."""
+    check_grid("grid_q", grid_q)
+    check_grid("grid_k", grid_k)
+    check_heads(q, k)
+    if ring.axis not in (1, 2) or ring.size < 1 or not 0 <= ring.index < ring.size:
+        want = "be an axis of 1 or 2, bounds of at least one part and the index of one"
+        raise InputError(must("axis, bounds and index", want, (ring.axis, ring.bounds, ring.index)))
+    for name, x, grid in (("q", q, grid_q), ("k", k, grid_k)):
+        if ring.bounds[0] != 0 or ring.bounds[-1] != grid[ring.axis]:
+            want = f"run from 0 to the grid's {grid[ring.axis]} tokens along axis {ring.axis}"
+            raise GridError(must("bounds", want, list(ring.bounds)))
+        if x.shape[2] != ring.tokens(grid):
+            want = f"hold the {ring.tokens(grid)} tokens of this member's part of {'x'.join(map(str, grid))}"
+            raise GridError(must(f"the token axis of {name}", want, x.shape[2], "Check the grid."))
 
 
 def _shape(x: Tensor) -> str:

@@ -6,7 +6,7 @@ backend read. Every self-attention goes through `blocks.{i}.attn.attention_fn`, 
 
 from __future__ import annotations
 
-from bsa_compile.models.longcat.attention import Attention, AttentionFn, Grid, dense_attention
+from bsa_compile.models.longcat.attention import Attention, AttentionFn, Grid, TokenSplit, dense_attention
 from bsa_compile.models.longcat.config import LongCatConfig
 from bsa_compile.models.longcat.transformer import LongCatVideoTransformer3DModel
 
@@ -16,5 +16,6 @@ __all__ = [
     "Grid",
     "LongCatConfig",
     "LongCatVideoTransformer3DModel",
+    "TokenSplit",
     "dense_attention",
 ]

@@ -30,6 +30,26 @@ class AttentionFn(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Grid, role: Role) -> Tensor: ...
 
 
+class TokenSplit(Protocol):
+    """What `LongCatVideoTransformer3DModel.token_split` must be: a share of each frame's tokens, one of several.
+
+    A share holds every latent frame, and of each frame the same positions. Then whatever happens per frame or per token
+    is the same on a share as on the whole; only attention, which the `attention_fn` of the blocks does, needs the rest.
+    """
+
+    def share(self, grid: Grid) -> Grid:
+        """(t, h', w') of the share of a whole grid, h' * w' tokens per frame."""
+        ...
+
+    def take(self, x: Tensor) -> Tensor:
+        """The share's tokens of `Float[Tensor, "... t*h*w c"]`."""
+        ...
+
+    def gather(self, x: Tensor, grid: Grid) -> Tensor:
+        """All tokens `Float[Tensor, "b t*h*w c"]` of the whole grid, given those of the share."""
+        ...
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, grid_q: Grid, grid_k: Grid, role: Role) -> Tensor:
     """Attend to every key; the grids and the role are for those who do better.
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +44,44 @@ def load_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype | None, d
         CheckpointError: No or several sets of weights, a missing or corrupt file, or tensors that do not fit the model;
             every tensor at fault is named in the one error, before any is loaded.
     """
+    where = find_weights(model, folder)
+    state = {name: file.get_tensor(name).to(device=device, dtype=dtype) for name, file in read_weights(where)}
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def find_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a model; nothing is read but names, shapes and types.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     where = _locate_tensors(folder)
     problems: dict[str, list[str]] = {"missing": sorted(expected.keys() - where.keys())}
     problems["unexpected"] = sorted(where.keys() - expected.keys())
     problems["wrong shape or type"] = wrong = []
+    for name, file in read_weights({n: p for n, p in where.items() if n in expected}):
+        part = file.get_slice(name)
+        shape, kind = tuple(part.get_shape()), part.get_dtype()
+        if shape != expected[name] or not kind.startswith(("F", "BF")):
+            wrong.append(f"{name} {kind} {list(shape)} for {list(expected[name])}")
+    _raise_if_any(folder, problems)
+    return where
+
+
+def read_weights(where: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Each tensor's name and its open safetensors file.
+
+    `file.get_tensor(name)` maps it into memory, `file.get_slice(name)[a:b]` reads those rows and nothing else.
+
+    Args:
+        where: the file of each tensor.
+    """
     for path in sorted(set(where.values())):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if where.get(name) == path and name in expected:
-                    part = file.get_slice(name)
-                    shape, kind = tuple(part.get_shape()), part.get_dtype()
-                    if shape != expected[name] or not kind.startswith(("F", "BF")):
-                        wrong.append(f"{name} {kind} {list(shape)} for {list(expected[name])}")
-    _raise_if_any(folder, problems)
-    state: dict[str, Tensor] = {}
-    for path in sorted(set(where.values())):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
                 if where.get(name) == path:
-                    state[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+                    yield name, file
 
 
 def _raise_if_any(folder: Path, problems: dict[str, list[str]]) -> None:

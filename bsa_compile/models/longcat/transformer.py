@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_compile.errors import CheckpointError, InputError, UsageError, must
-from bsa_compile.models.longcat.attention import KV, Attention
+from bsa_compile.models.longcat.attention import KV, Attention, TokenSplit
 from bsa_compile.models.longcat.block import LongCatBlock
 from bsa_compile.models.longcat.checkpoint import CONFIG_NAME, load_weights, save_checkpoint
 from bsa_compile.models.longcat.config import LongCatConfig
@@ -36,6 +36,8 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
             either way; `bsa_compile.optimize` and the backend read this.
         bsa_params: The checkpoint's block-sparse parameters in LongCat's names, or None.
         gradient_checkpointing: Recompute each block in the backward pass.
+        token_split: Which tokens this process holds between embedding and output; None: all. Inputs and outputs are
+            whole, a KV cache holds the share's tokens.
 
     Source:
         The public LongCat-Video code and its checkpoint, whose parameter names these are.
@@ -54,6 +56,7 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         self.blocks = nn.ModuleList(LongCatBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, patch_values, t_dim)
         self.gradient_checkpointing = False
+        self.token_split: TokenSplit | None = None
         self.bsa_enabled: bool | None
         self._ask_for_bsa(True if config.enable_bsa else None)
         self.bsa_params: dict[str, Any] | None = copy.deepcopy(config.bsa_params)
@@ -175,13 +178,15 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         check_inputs(config, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, num_cond_latents)
         batch, _, frames, height, width = hidden_states.shape
         dtype = self.dtype
-        x, grid = self.x_embedder(hidden_states.to(dtype))
-        rope_grid = grid
+        x, whole = self.x_embedder(hidden_states.to(dtype))
+        split = self.token_split
+        grid = whole if split is None else split.share(whole)
+        rope_grid = whole
         if kv_cache_dict:
             if return_kv:
                 raise InputError(must("return_kv", "be False when kv_cache_dict is given", True))
             check_cache(config, kv_cache_dict, batch, grid[1] * grid[2], num_cond_latents)
-            rope_grid = (num_cond_latents + grid[0], grid[1], grid[2])
+            rope_grid = (num_cond_latents + whole[0], whole[1], whole[2])
         else:
             check_cond_latents(num_cond_latents, frames)
         if timestep.ndim == 1:
@@ -192,6 +197,8 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         if not skip_crs_attn:
             text, text_valid = self._embed_text(encoder_hidden_states.to(dtype), encoder_attention_mask)
         rope = rope_tables(rope_grid, config.head_dim, x.device)
+        if split is not None:
+            x, rope = split.take(x), (split.take(rope[0]), split.take(rope[1]))
 
         kv_out: dict[int, KV] = {}
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -210,7 +217,9 @@ class LongCatVideoTransformer3DModel(LoRAMixin):
         if self.bsa_enabled and not torch.compiler.is_compiling():
             self._warn_if_dense()
         patches = self.final_layer(x, t)
-        latents = unpatchify(patches, grid, config.patch_size, config.out_channels)[..., :height, :width]
+        if split is not None:
+            patches = split.gather(patches, whole)
+        latents = unpatchify(patches, whole, config.patch_size, config.out_channels)[..., :height, :width]
         return (latents, kv_out) if return_kv else latents
 
     def _embed_text(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

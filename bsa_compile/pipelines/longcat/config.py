@@ -88,6 +88,9 @@ class LongCatPipelineConfig:
         checkpoint_every: steps between two checkpoints of a job that writes them.
         compile_backend: `inductor`, `eager` or another of torch.compile's.
         compile_mode, compile_options, dynamic: as in `torch.compile`; a size of its own for every stage by default.
+        cfg_groups: with several GPUs: groups of them that share out the two passes of guidance; 2 or 1.
+        shard_weights: with several GPUs: each keeps a share of the transformer's weights (FSDP2).
+        mesh_timeout: with several GPUs: seconds that they wait for one that died or hangs.
 
     Raises:
         UsageError: a field is out of range.
@@ -110,9 +113,12 @@ class LongCatPipelineConfig:
     compile_mode: str | None = None
     compile_options: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     dynamic: bool | None = False
+    cfg_groups: int = 1
+    shard_weights: bool = False
+    mesh_timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("offload", "low_memory", "kv_cache", "offload_kv_cache", "enhance_hf"):
+        for name in ("offload", "low_memory", "kv_cache", "offload_kv_cache", "enhance_hf", "shard_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(must(name, "be true or false", repr(getattr(self, name))))
         for name in ("enable_bsa", "vae_tiling", "dynamic"):
@@ -123,6 +129,14 @@ class LongCatPipelineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(must(name, "be an integer >= 1", repr(value)))
+        if isinstance(self.cfg_groups, bool) or self.cfg_groups not in (1, 2):
+            raise UsageError(must("cfg_groups", "be 1 or 2", repr(self.cfg_groups)))
+        timeout = self.mesh_timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+            raise UsageError(must("mesh_timeout", "be a number of seconds > 0", repr(timeout)))
+        if self.shard_weights and self.low_memory:
+            todo = "Sharded weights stay on the GPUs."
+            raise UsageError(must("shard_weights", "be false with low_memory", True, todo))
         if self.strategy not in STRATEGIES:
             raise UsageError(must("strategy", f"be one of {', '.join(STRATEGIES)}", repr(self.strategy)))
         for name in ("compile_backend", "compile_mode"):

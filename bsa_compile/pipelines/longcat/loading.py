@@ -115,7 +115,12 @@ def check_folder(folder: str | Path, loras: Iterable[str] = ()) -> Path:
 
 
 def load_components(
-    folder: str | Path, *, dtype: torch.dtype, device: torch.device, loras: Iterable[str] = ()
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    loras: Iterable[str] = (),
+    load_dit: Callable[..., LongCatVideoTransformer3DModel] = LongCatVideoTransformer3DModel.from_pretrained,
 ) -> Components:
     """Load everything; the transformer goes to the device, the text encoder and the VAE stay in host memory.
 
@@ -124,6 +129,7 @@ def load_components(
         dtype: of all weights.
         device: of the transformer.
         loras: names of LoRAs that must be there.
+        load_dit: what loads the transformer.
 
     Raises:
         MissingExtraError: diffusers, transformers, PyAV or ftfy is not installed.
@@ -151,7 +157,7 @@ def load_components(
         use_safetensors=True,
         low_cpu_mem_usage=False,  # diffusers would ask for accelerate, and the VAE is small
     )
-    dit = LongCatVideoTransformer3DModel.from_pretrained(folder / "dit", torch_dtype=dtype, device=device)
+    dit = load_dit(folder / "dit", torch_dtype=dtype, device=device)
     with _quiet():
         text_encoder = load("text_encoder", UMT5EncoderModel.from_pretrained, dtype=dtype, use_safetensors=True)
     found = {name: lora_path(folder, name) for name in (DISTILL_LORA, REFINE_LORA)}
@@ -224,7 +230,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """16 hex digits that tell one set of weights from another: names, shapes, and a few values of each tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
+        x = tensors[name].detach()
+        whole = getattr(x, "full_tensor", None)  # a weight that ranks share out: gathered, one at a time
+        flat = (x if whole is None else whole()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu().numpy().tobytes()
         digest.update(f"{name}{list(tensors[name].shape)}".encode() + sample)
     return digest.hexdigest()[:16]

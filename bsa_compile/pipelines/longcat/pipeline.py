@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,17 @@ class LongCatPipeline:
         >>> result.save("out.mp4")
     """
 
-    def __init__(self, parts: Components, config: LongCatPipelineConfig | None = None, *, device: Any = "cpu") -> None:
+    def __init__(
+        self, parts: Components, config: LongCatPipelineConfig | None = None, *, device: Any = "cpu", mesh: Any = None
+    ) -> None:
         config = LongCatPipelineConfig() if config is None else config
         if not isinstance(config, LongCatPipelineConfig):
             raise UsageError(must("config", "be a LongCatPipelineConfig", type(config).__name__))
         self.config = config
         self.device = torch.device(device)
-        self.transformer = PipelineTransformer(parts.dit, config, parts.loras)
+        self.transformer = PipelineTransformer(parts.dit, config, parts.loras, mesh)
         self._parts = parts
+        self._mesh = mesh
         self._codec = LatentCodec(parts.vae)
         self._placement = Placement(self.device, config, self.transformer)
         if config.tiles_vae:
@@ -103,6 +107,7 @@ class LongCatPipeline:
         device: torch.device | str | None = None,
         torch_dtype: torch.dtype | None = None,
         loras: tuple[str, ...] = (),
+        mesh: Any = None,
     ) -> LongCatPipeline:
         """Load LongCat-Video's folder.
 
@@ -112,6 +117,8 @@ class LongCatPipeline:
             device: where to compute; None: the GPU if there is one.
             torch_dtype: of all weights; None: bfloat16 on a GPU, float32 on a CPU.
             loras: names of LoRA files that must be there.
+            mesh: GPUs that share the transformer's work, as in `bsa_compile.optimize`; every rank makes the same calls
+                and gets the video, rank 0 keeps checkpoints.
 
         Raises:
             MissingExtraError: a library of the extra `longcat` is not installed.
@@ -124,8 +131,13 @@ class LongCatPipeline:
         device = torch.device(device)
         if torch_dtype is None:
             torch_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        parts = load_components(Path(folder), dtype=torch_dtype, device=device, loras=loras)
-        return cls(parts, config, device=device)
+        loading: dict[str, Any] = {}
+        if mesh is not None and config is not None and config.shard_weights:
+            from bsa_compile.parallel import load_sharded
+
+            loading["load_dit"] = partial(load_sharded, mesh=mesh)
+        parts = load_components(Path(folder), dtype=torch_dtype, device=device, loras=loras, **loading)
+        return cls(parts, config, device=device, mesh=mesh)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -382,7 +394,13 @@ class LongCatPipeline:
             config=self.config,
             device=self.device,
         )
-        return JobFolder(folder, who, resume=resume)
+        if self._mesh is None:
+            return JobFolder(folder, who, resume=resume)
+        from bsa_compile.parallel.launch import first_then_others, is_main
+
+        who["ranks"] = self._mesh.size()
+        # The others find what the first one left: an earlier job's files, or none.
+        return first_then_others(lambda: JobFolder(folder, who, resume=resume or not is_main(), writes=is_main()))
 
     def _stage_report(
         self, stage: Stage, policy: StagePolicy, steps: StepKeeper, kept: bool, seconds: float, peak: int

@@ -33,16 +33,18 @@ class JobFolder:
         folder: made when something is written.
         job: JSON object of everything that determines the result.
         resume: continue from what is there; else it is removed.
+        writes: whether this process keeps the folder, or only reads what another one keeps there.
 
     Raises:
         CheckpointError: what is there belongs to another job or cannot be read.
         UsageError: nothing can be written there.
     """
 
-    def __init__(self, folder: str | Path, job: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: str | Path, job: Mapping[str, Any], *, resume: bool, writes: bool = True) -> None:
         self.folder = Path(folder)
         check_writable(self.folder / JOB, "checkpoint")
         self._job = json.loads(json.dumps(job))  # as it will be read
+        self._writes = writes
         if resume:
             for path in self._files():
                 self._check(path)
@@ -82,7 +84,8 @@ class JobFolder:
 
     def clear(self) -> None:
         """See `clear_folder`."""
-        clear_folder(self.folder)
+        if self._writes:
+            clear_folder(self.folder)
 
     def _files(self) -> list[Path]:
         return _files(self.folder)
@@ -101,6 +104,8 @@ class JobFolder:
             raise CheckpointError(must(str(self.folder), "be a checkpoint of this job", f"another: {differs}", todo))
 
     def _write(self, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        if not self._writes:
+            return
         if not (self.folder / JOB).is_file():
             write_text(self.folder / JOB, json.dumps(self._job, indent=2) + "\n")
         with staged(self.folder / name) as folder:

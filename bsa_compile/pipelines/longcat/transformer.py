@@ -31,7 +31,7 @@ class PipelineTransformer:
         model: what `bsa_compile.optimize` gave.
         switched: what `enable_bsa()` or `disable_bsa()` asked for; None when nobody did.
         checkpoint: what the checkpoint's `config.json` asks for.
-        forward: what calls the model; context parallelism puts its own in this one place.
+        forward: what calls the model.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class PipelineTransformer:
         dit: LongCatVideoTransformer3DModel,
         config: LongCatPipelineConfig,
         loras: Mapping[str, Path],
+        mesh: Any = None,
     ) -> None:
         asked = request_of(dit)
         self.checkpoint = Request(None, asked.configured, asked.policy)
@@ -51,6 +52,8 @@ class PipelineTransformer:
             mode=config.compile_mode,
             options=config.compile_options,
             dynamic=config.dynamic,
+            mesh=mesh,
+            mesh_timeout=config.mesh_timeout,
         )
         self.forward: Callable[..., Any] = self.model
         self._cache_on_cpu = config.cache_on_cpu

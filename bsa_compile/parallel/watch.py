@@ -1,0 +1,109 @@
+"""Ends a job in which a rank is lost, and says which.
+
+A rank that died or hangs leaves the others waiting in a collective, where no exception reaches them. So every rank has
+a thread that shows where the rank stands, and looks where the others stand when its own has not moved on for long.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .board import Board, named
+
+BEATS = 10  # looks per timeout
+EXIT_STATUS = 75
+
+
+def _end(message: str) -> None:
+    """The main thread waits in a collective and cannot be reached: only the process can be ended."""
+    print(f"bsa_compile: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_STATUS)
+
+
+class Watch:
+    """Shows how far this rank is, and ends it when another one is lost.
+
+    Args:
+        board: where ranks show how far they are; its timeout is how long one may stand still inside a call.
+        end: what to do with the message; by default print it and end the process.
+    """
+
+    def __init__(self, board: Board, end: Callable[[str], Any] = _end) -> None:
+        self._board, self._end = board, end
+        self._moves, self._inside = 0, False
+        self._moved = time.monotonic()
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._beats = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="bsa_compile watch", daemon=True)
+        self._thread.start()
+
+    def move(self) -> None:
+        """This rank has got on: every rank does so in the same places."""
+        self._moves += 1
+        self._moved = time.monotonic()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While this rank may wait for others."""
+        self.move()
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.move()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+
+    def lost(self) -> list[int]:
+        """Ranks that gave no sign of life for the last few beats, after waiting for one."""
+        time.sleep(4 * self._pause)
+        now = time.monotonic()
+        return [r for r, (_, since) in self._seen.items() if now - since > 3 * self._pause]
+
+    @property
+    def _pause(self) -> float:
+        return min(1.0, self._board.timeout / BEATS)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause):
+            try:
+                self._look()
+            except Exception as exc:  # the store goes with the process that holds it
+                if self._inside and not self._stop.is_set():
+                    self._end(f"the job's store cannot be reached any more, so the rank that holds it is lost: {exc}")
+                return
+
+    def _look(self) -> None:
+        self._beats += 1
+        self._board.show("beat", f"{self._beats} {self._moves}")
+        now = time.monotonic()
+        for rank in self._board.ranks:
+            text = self._board.look("beat", rank)
+            if rank != self._board.rank and text is not None and self._seen.get(rank, ("", 0.0))[0] != text:
+                self._seen[rank] = (text, now)
+        timeout = self._board.timeout
+        if self._inside and now - self._moved > timeout:
+            self._end(self._verdict(now))
+            self._stop.set()
+
+    def _verdict(self, now: float) -> str:
+        timeout = self._board.timeout
+        waited = f"rank {self._board.rank} waited {now - self._moved:.0f} s in call of the model"
+        silent = [r for r, (_, since) in self._seen.items() if now - since > min(timeout, 5 * self._pause)]
+        if silent:
+            return f"{waited}: {named(silent)} gave no sign of life and must have died or been stopped"
+        moves = {r: int(text.split()[1]) for r, (text, _) in self._seen.items()}
+        behind = [r for r, n in moves.items() if n < self._moves]
+        if behind:
+            return f"{waited}: {named(behind)} hangs, or makes other calls: it did not get as far as this one"
+        return f"{waited}: no rank gets on; all of them are alive and stand in the same place or further"
