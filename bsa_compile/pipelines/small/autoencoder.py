@@ -14,7 +14,7 @@ _EPS = 1e-6
 _HALF = 2  # each of the decoder's two steps doubles time and both sides
 
 
-class SmallAutoencoder(ModelMixin, ConfigMixin):
+class SmallAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A causal video autoencoder with the interface of diffusers' `AutoencoderKLWan`.
 
     Nothing in it sees later frames or is averaged over the picture: the first frames alone give the same latents as
@@ -126,8 +126,8 @@ class _Residual(nn.Module):
         self.norm1, self.norm2 = _RMSNorm(channels), _RMSNorm(channels)
         self.space = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1))
         self.time = nn.Conv3d(channels, channels, (3, 1, 1))
-        nn.init.zeros_(self.time.weight)
-        nn.init.zeros_(self.time.bias)
+        for parameter in self.time.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.space(F.silu(self.norm1(x)))

@@ -102,9 +102,9 @@ def write_folder(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write all parts in LongCat-Video's layout; the modules are cast to `dtype` in place."""
-    dit.to(dtype).save_pretrained(folder / "dit")
-    text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
-    vae.to(dtype).save_pretrained(folder / "vae")
+    modules: dict[str, Any] = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
+    for name, module in modules.items():
+        module.to(dtype=dtype).save_pretrained(folder / name)
     new_tokenizer().save_pretrained(folder / "tokenizer")
     new_scheduler().save_pretrained(folder / "scheduler")
     write_text(folder / DEFAULTS_NAME, json.dumps(DEFAULTS.to_dict(), indent=2) + "\n")
