@@ -79,7 +79,7 @@ PHASES = (
     Phase("autoencoder", 1000, 8, 1.0, None, (2e-3, 1e-5)),
     Phase("dense small", 4000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=4096, new_clips=4),
     Phase("dense", 400, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 3000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("block-sparse", 2600, 16, 1.0, SPARSE, (7e-4, 2e-5)),
 )
 SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
 

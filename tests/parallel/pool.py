@@ -108,6 +108,8 @@ def _serve(pipe: Any) -> None:
             dist.init_process_group(
                 BACKEND, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
             )
+            # A rank that left again before all are connected would break the connections still being made.
+            dist.barrier()
             try:
                 answer = ("done", function(*args))
             finally:

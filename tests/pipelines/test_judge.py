@@ -115,7 +115,7 @@ def test_backwards_motions_are_reversed(motion, backwards):
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_an_empty_background_shows_nothing(background):
     for seed in range(3):
-        ground = _background(background, FRAMES, HEIGHT, WIDTH, random.Random(seed), torch.device("cpu"))
+        ground = _background(background, torch.linspace(0, 1, FRAMES), HEIGHT, WIDTH, random.Random(seed))
         frames = as_frames(ground.expand(3, FRAMES, HEIGHT, WIDTH) * 2 - 1)
         assert judge(frames) == NOTHING
         assert judge(degrade(frames, np.random.default_rng(seed))) == NOTHING
