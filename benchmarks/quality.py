@@ -43,7 +43,6 @@ from bsa_compile.files import check_writable
 from bsa_compile.grid import num_tiles
 from bsa_compile.metrics import psnr, ssim
 
-FOLDER = Path(bsa_compile.__file__).parent / "data" / "small_longcat"
 SPARSITIES = (0.0, 0.5, 0.75, 0.875, 0.9375, 0.96875)
 THRESHOLDS = (0.9, 0.95)
 DENSE = "dense"
@@ -337,7 +336,7 @@ def option(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the model; default: the one in the package")
+    parser.add_argument("--folder", type=Path, default=common.SMALL_MODEL, help="default: the package's small model")
     parser.add_argument("--captions", type=int, default=16, help="how many (default: 16)")
     parser.add_argument("--seeds", type=int, default=2, help="videos of each caption (default: 2)")
     parser.add_argument("--caption-seed", type=int, default=1_000_000, help="draws the captions")

@@ -21,6 +21,7 @@ EXIT_CLOSED_PIPE = 141
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("float32", "bfloat16", "float16")
+PROMPT = "a red ball rolls to the left over grass"
 GRIDS = "12,30,36 on a CPU, 24,44,80 on a GPU"
 
 
@@ -108,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(command("export", "write a checkpoint as a block-sparse ONNX file, torch.export program or package"))
     _add_rewrite(command("rewrite", "make the self-attention of an ONNX file block-sparse"))
     _add_generate(command("generate", "make a video from a prompt, a picture or a video"))
+    _add_compare(command("compare", "make a video dense and block-sparse, side by side, and compare"))
     return parser
 
 
@@ -211,19 +213,15 @@ def _add_rewrite(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", "--model-path", metavar="FOLDER", help="LongCat-Video's: tokenizer, text_encoder, vae, dit, ...")
+    _add_model(parser)
     add("--prompt", required=True, help="what is to be seen")
     add("--negative-prompt", help="what is not, for guidance")
     add("--output", "--output-path", required=True, metavar="FILE", help=".mp4 or .gif, with its report in .json")
     add("--task", choices=("t2v", "i2v", "continuation"), default="t2v", help="default: t2v")
     add("--image", metavar="FILE", help="the first frame, for i2v")
     add("--video", metavar="FILE", help="what to continue, for continuation")
-    add("--height", type=_positive, metavar="PIXELS", help="of the result (default: what the model was trained at)")
-    add("--width", type=_positive, metavar="PIXELS", help="likewise")
-    add("--num-frames", type=_positive, metavar="N", help="at 15 per second, 1 + a multiple of 4 (default: 93)")
-    add("--num-inference-steps", type=_positive, metavar="N", help="default: 50, or 16 with --distill")
-    add("--guidance-scale", type=float, metavar="G", help="of CFG-zero* (default: 4; none with --distill)")
-    add("--seed", type=_seed, metavar="N", help="of the noise (default: 0)")
+    _add_size(parser)
+    _add_sampling(parser)
     add("--refine", action="store_true", help="make a smaller video and refine it, block-sparse")
     add("--refine-steps", type=_positive, metavar="N", help="schedule whose part below 0.5 runs (default: 50)")
     add("--distill", action="store_true", help="the distilled model: few steps, no guidance")
@@ -238,6 +236,44 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     _add_backend(parser)
     _add_json(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_model(parser)
+    add("--prompt", default=PROMPT, help=f"what is to be seen (default: {PROMPT})")
+    add("--output", default="compare_output", metavar="DIR", help="default: compare_output")
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_criteria(parser)
+    _add_device(parser)
+    _add_backend(parser)
+    _add_json(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        "--model-path",
+        metavar="FOLDER",
+        help="LongCat-Video's (default: the small model that comes with the package)",
+    )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--height", type=_positive, metavar="PIXELS", help="of the result (default: what the model was trained at)")
+    add("--width", type=_positive, metavar="PIXELS", help="likewise")
+    add(
+        "--num-frames", type=_positive, metavar="N", help="at 15 per second, 1 + a multiple of 4 (default: the model's)"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--num-inference-steps", type=_positive, metavar="N", help="default: the model's, 50 of LongCat-Video")
+    add("--guidance-scale", type=float, metavar="G", help="of CFG-zero* (default: the model's, 4 of LongCat-Video)")
+    add("--seed", type=_seed, metavar="N", help="of the noise (default: 0)")
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,8 @@ EMA = 0.998
 WARM_UP = 100
 VALIDATE_EVERY = 250
 VALIDATION_CLIPS = 16
-LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)  # noise levels at which the validation loss is taken
+LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)  # noise levels at which the validation loss is taken
+WINDOW = 13  # frames of a clip that the autoencoder is shown
 FILL = 16  # how many times more clips are encoded at once while a pool is filled
 SPARSE = BSAPolicy(sparsity=0.9375)
 
@@ -66,7 +67,7 @@ class Phase:
     scale: float
     policy: BSAPolicy | None
     rate: tuple[float, float]
-    pool: int = 1536
+    pool: int = 512  # filled anew whenever training goes on: a minute for a thousand clips
     new_clips: int = 2
 
     @property
@@ -76,10 +77,11 @@ class Phase:
 
 
 PHASES = (
-    Phase("autoencoder", 1000, 8, 1.0, None, (2e-3, 1e-5)),
-    Phase("dense small", 4000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=4096, new_clips=4),
-    Phase("dense", 400, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 2600, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("autoencoder", 1500, 8, 1.0, None, (2e-3, 1e-5)),
+    Phase("dense small", 1500, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=2048, new_clips=4),
+    # Long enough to unlearn what small videos teach wrongly: a second shape wherever there is room for one.
+    Phase("dense", 1000, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
+    Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
 )
 SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
 
@@ -257,7 +259,9 @@ class Trainer:
         height, width = phase.size
         sizes = [(height, width), (height // 2, width // 2)]  # in turns: both are generated later
         sources = [
-            clip_batches(ClipDataset(phase.name, parts.FRAMES, *size, window=13), phase.batch, self.step * phase.batch)
+            clip_batches(
+                ClipDataset(phase.name, parts.FRAMES, *size, window=WINDOW), phase.batch, self.step * phase.batch
+            )
             for size in sizes
         ]
         while True:
@@ -306,10 +310,14 @@ class Trainer:
         self.fast.set_policy(policy)
 
     def _loss(self, batch: Samples, seed: int) -> Tensor:
-        """Flow matching: predict data minus noise, at shifted logit-normal noise levels."""
+        """Flow matching: predict data minus noise.
+
+        Noise levels are uniform, then shifted: where a shape is, and that there is one, shows in so many latents that
+        it is settled above a level of 0.99, which a logit-normal draw leaves out.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         count = len(batch.latents)
-        level = torch.randn(count, generator=generator, device=self.device).sigmoid()
+        level = torch.rand(count, generator=generator, device=self.device)
         level = parts.SHIFT * level / (1 + (parts.SHIFT - 1) * level)
         noise = torch.randn(batch.latents.shape, generator=generator, device=self.device)
         return self._flow_error(batch, noise, level).mean()

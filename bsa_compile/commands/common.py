@@ -22,7 +22,11 @@ from bsa_compile.models.longcat import LongCatConfig, LongCatVideoTransformer3DM
 from bsa_compile.policy import BSAPolicy
 from bsa_compile.report import Site, effective_sparsity
 
-TINY_CHECKPOINT = Path(bsa_compile.__file__).parent / "data" / "tiny_longcat"
+_DATA = Path(bsa_compile.__file__).parent / "data"
+TINY_CHECKPOINT = _DATA / "tiny_longcat"
+"""A DiT with random weights, for commands that show how it runs."""
+SMALL_MODEL = _DATA / "small_longcat"
+"""A trained model in LongCat-Video's layout, see `examples/train_tiny.py`."""
 # What to run where nothing is said: what a CPU does in seconds, and LongCat's 720p refinement on a GPU.
 GRIDS = {"cpu": (12, 30, 36), "cuda": (24, 44, 80)}
 MAX_TOKENS = 1 << 26  # some hundred times LongCat's longest video; torch cannot hold the sizes of far more
@@ -41,6 +45,20 @@ def find_checkpoint(folder: str | Path) -> Path:
     raise CheckpointError(
         must("checkpoint", "be a folder that holds config.json or dit/config.json", repr(str(folder)))
     )
+
+
+def model_folder(given: str | None) -> Path:
+    """Of a model to make videos with: the one given, or the small one that comes with the package.
+
+    Raises:
+        UsageError: none is given and the small one is not there.
+    """
+    if given is not None:
+        return Path(given)
+    if not SMALL_MODEL.is_dir():
+        todo = "Pass LongCat-Video's folder, or train the small model: examples/train_tiny.py."
+        raise UsageError(must("--model", "be given where the package has no small model", "none", todo))
+    return SMALL_MODEL
 
 
 def load_policy(path: str | None) -> BSAPolicy | None:
@@ -62,7 +80,11 @@ def load_policy(path: str | None) -> BSAPolicy | None:
 def chosen_policy(args: argparse.Namespace, model: Any = None) -> BSAPolicy:
     """The policy that the options ask for: `--policy`, else the model's configuration, else the default; then
     `--sparsity`, `--cdf-threshold` and `--tile` over it."""
-    policy = effective_policy(load_policy(getattr(args, "policy", None)), model)
+    return with_criteria(effective_policy(load_policy(getattr(args, "policy", None)), model), args)
+
+
+def with_criteria(policy: BSAPolicy, args: argparse.Namespace) -> BSAPolicy:
+    """A policy with `--sparsity`, `--cdf-threshold` and `--tile` over it."""
     changes: dict[str, Any] = {}
     criteria = {name: getattr(args, name, None) for name in ("sparsity", "cdf_threshold")}
     if any(value is not None for value in criteria.values()):

@@ -19,6 +19,7 @@ from bsa_compile.commands import common, console
 from bsa_compile.errors import PolicyError, UsageError, must
 from bsa_compile.files import check_writable
 from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, LongCatPipelineConfig
+from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
 from bsa_compile.pipelines.longcat.loading import check_folder, vae_factors
 from bsa_compile.pipelines.longcat.pipeline import Job
 from bsa_compile.pipelines.longcat.policies import as_argument
@@ -48,9 +49,6 @@ _PASSED = (
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, load the model, run it, and write the video and its report."""
-    if args.model is None:
-        todo = "Pass --model FOLDER with LongCat-Video's weights."
-        raise UsageError(must("--model", "be given: no small model comes with the package yet", "none", todo))
     output = check_output(args.output, "--output")
     report_path = check_writable(output.with_suffix(".json"), "--output")
     device = common.resolve_device(args.device)
@@ -61,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name in _PASSED if (value := getattr(args, name)) is not None}
     given = load_given(args)
     # Before minutes of loading: everything that is wrong with the sizes, and every file that is missing.
-    folder = Path(args.model)
+    folder = common.model_folder(args.model)
     check_folder(folder)
     spatial, temporal = vae_factors(folder)
     frames = given.get("image", given.get("video"))
     aspect = None if frames is None else frames.shape[1] / frames.shape[2]
-    asked = make_request(spatial=spatial, temporal=temporal, aspect=aspect, prompt=args.prompt, **options)
+    sizes: dict[str, Any] = {"spatial": spatial, "temporal": temporal, "aspect": aspect}
+    asked = make_request(**sizes, defaults=GenerationDefaults.from_folder(folder), prompt=args.prompt, **options)
 
     with _processes(device, config) as (mesh, speaks):
         several = {} if mesh is None else {"mesh": mesh}

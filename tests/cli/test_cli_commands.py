@@ -36,7 +36,7 @@ def test_version(cli):
     assert cli("--version").out == f"bsa-compile {bsa_compile.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "explain", "bench", "show"])
+@pytest.mark.parametrize("command", ["demo", "info", "explain", "bench", "show", "generate", "compare"])
 def test_help_of_a_command(cli, command):
     result = cli(command, "--help")
     assert result.status == 0

@@ -84,7 +84,7 @@ class LongCatPipelineConfig:
         kv_cache: encode the given frames once per segment of the base stage, not in every step.
         offload_kv_cache: keep that cache in host memory.
         enhance_hf: continuations without distillation spend ten even steps below t = 0.5.
-        max_text_tokens: tokens that a prompt is padded or cut to.
+        max_text_tokens: tokens that a prompt is padded or cut to; never more than the tokenizer says.
         checkpoint_every: steps between two checkpoints of a job that writes them.
         compile_backend: `inductor`, `eager` or another of torch.compile's.
         compile_mode, compile_options, dynamic: as in `torch.compile`; a size of its own for every stage by default.

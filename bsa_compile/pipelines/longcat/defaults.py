@@ -33,6 +33,11 @@ class GenerationDefaults:
     guidance_scale: float = 4.0
     refine_steps: int = 50
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON object."""
         return dataclasses.asdict(self)

@@ -16,6 +16,7 @@ from torch import Tensor
 from bsa_compile.errors import CheckpointError, MissingExtraError, must
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.config import read_json_object
+from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
 
 EXTRA = "longcat"
 DISTILL_LORA, REFINE_LORA = "cfg_step_lora", "refinement_lora"
@@ -40,6 +41,7 @@ class Components:
         scheduler: `FlowMatchEulerDiscreteScheduler` of diffusers.
         dit: our transformer.
         loras: name -> file, for the LoRAs that are there.
+        defaults: of a call's arguments.
     """
 
     tokenizer: Any
@@ -48,6 +50,7 @@ class Components:
     scheduler: Any
     dit: LongCatVideoTransformer3DModel
     loras: Mapping[str, Path]
+    defaults: GenerationDefaults
 
 
 def check_extra() -> None:
@@ -168,6 +171,7 @@ def load_components(
         scheduler=scheduler,
         dit=dit.requires_grad_(False),
         loras={name: path for name, path in found.items() if path.is_file()},
+        defaults=GenerationDefaults.from_folder(folder),
     )
     _check_fit(folder, parts)
     return parts

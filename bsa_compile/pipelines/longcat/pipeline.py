@@ -214,6 +214,7 @@ class LongCatPipeline:
             spatial=self._codec.spatial,
             temporal=self._codec.temporal,
             aspect=None if given is None else given.shape[1] / given.shape[2],
+            defaults=self._parts.defaults,
             prompt=prompt,
             negative_prompt=negative_prompt,
             task=task,
@@ -366,7 +367,8 @@ class LongCatPipeline:
         return text, negative
 
     def _embedded(self, *texts: str) -> list[prompts.TextEmbeds]:
-        parts, dtype, longest = self._parts, self.transformer.dtype, self.config.max_text_tokens
+        parts, dtype = self._parts, self.transformer.dtype
+        longest = min(self.config.max_text_tokens, parts.tokenizer.model_max_length)
         with self._placement.visiting(parts.text_encoder):
             found = [prompts.encode(parts.tokenizer, parts.text_encoder, text, longest, dtype) for text in texts]
             return [text.to(self.device) for text in found]

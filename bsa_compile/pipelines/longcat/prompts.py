@@ -40,7 +40,7 @@ def clean(prompt: str) -> str:
 
 
 def encode(tokenizer: Any, encoder: Any, prompt: str, max_tokens: int, dtype: torch.dtype) -> TextEmbeds:
-    """Embed one prompt with UMT5, padded to `max_tokens`; a longer one is cut and a warning logged.
+    """Embed one prompt with UMT5, padded to `max_tokens`; a warning tells of what is cut and of unknown words.
 
     Args:
         tokenizer: of transformers.
@@ -62,6 +62,8 @@ def encode(tokenizer: Any, encoder: Any, prompt: str, max_tokens: int, dtype: to
         return_attention_mask=True,
         return_tensors="pt",
     )
+    if unknown := unknown_words(tokenizer, text):
+        log.warning("the model does not know %s: ignored", ", ".join(map(repr, unknown)))
     needed = len(tokenizer(text, add_special_tokens=True).input_ids)
     if needed > max_tokens:
         log.warning("the prompt has %d tokens: all after the first %d are ignored", needed, max_tokens)
@@ -69,6 +71,13 @@ def encode(tokenizer: Any, encoder: Any, prompt: str, max_tokens: int, dtype: to
     with torch.no_grad():
         hidden = encoder(ids, mask).last_hidden_state
     return TextEmbeds(hidden.to(dtype)[:, None], mask)
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """Words that a tokenizer has nothing for, in the order of the text; most have something for every word."""
+    unknown = tokenizer.unk_token_id
+    words = dict.fromkeys(re.findall(r"\w+", text)) if unknown in tokenizer(text).input_ids else ()
+    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False).input_ids]
 
 
 def joined(*texts: TextEmbeds) -> TextEmbeds:

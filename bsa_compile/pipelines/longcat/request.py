@@ -10,6 +10,7 @@ from typing import Any
 
 from bsa_compile.errors import UsageError, must
 from bsa_compile.pipelines.longcat import sizes
+from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
 from bsa_compile.pipelines.longcat.loading import DISTILL_LORA, REFINE_LORA
 
 log = logging.getLogger("bsa_compile")
@@ -18,9 +19,7 @@ TASKS = ("t2v", "i2v", "continuation")
 BASE_FPS, FULL_FPS = 15, 30
 """Frames per second of the base stage, and of a refinement in space and time. Source: the public LongCat-Video code."""
 
-BASE_STEPS, DISTILLED_STEPS, REFINE_STEPS = 50, 16, 50
-GUIDANCE = 4.0
-NUM_FRAMES, COND_FRAMES = 93, 13
+COND_FRAMES = 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +125,19 @@ def make_request(
     spatial: int,
     temporal: int,
     aspect: float | None,
+    defaults: GenerationDefaults,
     prompt: Any,
     negative_prompt: Any = "",
     task: str = "t2v",
     height: int | None = None,
     width: int | None = None,
     base_size: tuple[int, int] | None = None,
-    num_frames: int = NUM_FRAMES,
+    num_frames: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     refine: bool = False,
-    refine_steps: int = REFINE_STEPS,
+    refine_steps: int | None = None,
     distill: bool = False,
     fps: int | None = None,
     num_segments: int = 1,
@@ -148,6 +148,7 @@ def make_request(
     Args:
         spatial, temporal: pixels and frames per latent.
         aspect: height / width of what is given to the task, None for text alone.
+        defaults: the model's, for what is left out.
         others: as in `LongCatPipeline.prepare`.
 
     Raises:
@@ -163,7 +164,9 @@ def make_request(
     for name, flag in (("refine", refine), ("distill", distill)):
         if not isinstance(flag, bool):
             raise UsageError(must(name, "be True or False", repr(flag)))
-    default_steps = DISTILLED_STEPS if distill else BASE_STEPS
+    num_frames = defaults.num_frames if num_frames is None else num_frames
+    refine_steps = defaults.refine_steps if refine_steps is None else refine_steps
+    default_steps = defaults.distilled_steps if distill else defaults.num_inference_steps
     steps = default_steps if num_inference_steps is None else num_inference_steps
     for name, value in (
         ("num_inference_steps", steps),
@@ -183,7 +186,7 @@ def make_request(
     if distill and guidance_scale not in (None, 1, 1.0):
         todo = "The distilled model runs without guidance."
         raise UsageError(must("guidance_scale", "be left out with distill", guidance_scale, todo))
-    guidance = (1.0 if distill else GUIDANCE) if guidance_scale is None else guidance_scale
+    guidance = (1.0 if distill else defaults.guidance_scale) if guidance_scale is None else guidance_scale
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
         raise UsageError(must("guidance_scale", "be a finite number", repr(guidance)))
     if guidance < 0:
@@ -195,7 +198,7 @@ def make_request(
         want = f"be {BASE_FPS} or {FULL_FPS}" if refine else f"be {BASE_FPS}"
         todo = "" if refine else f"The refinement makes {FULL_FPS}: pass refine."
         raise UsageError(must("fps", want, repr(fps), todo))
-    height, width = _size(height, width, refine, aspect, spatial)
+    height, width = _size(height, width, refine, aspect, spatial, defaults)
     base_height, base_width = _base_size(height, width, refine, base_size, spatial)
     return GenerationRequest(
         task=task,
@@ -224,12 +227,23 @@ def _integer(name: str, value: Any, low: int) -> int:
     return value
 
 
-def _size(height: int | None, width: int | None, refine: bool, aspect: float | None, spatial: int) -> tuple[int, int]:
+def _size(
+    height: int | None,
+    width: int | None,
+    refine: bool,
+    aspect: float | None,
+    spatial: int,
+    defaults: GenerationDefaults,
+) -> tuple[int, int]:
     if (height is None) != (width is None):
         raise UsageError(must("height and width", "be given both or not at all", f"{height} and {width}"))
     if height is None or width is None:
         area = sizes.REFINE_AREA if refine else sizes.BASE_AREA
         multiple = math.lcm(sizes.REFINE_MULTIPLE if refine else sizes.BASE_MULTIPLE, spatial)
+        if defaults.size is not None:
+            if aspect is None:
+                return defaults.size
+            area, multiple = math.prod(defaults.size), spatial
         return sizes.size_for(aspect or sizes.DEFAULT_ASPECT, area, multiple)
     return sizes.check_side("height", height, spatial), sizes.check_side("width", width, spatial)
 

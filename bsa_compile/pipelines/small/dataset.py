@@ -60,13 +60,18 @@ class ClipDataset(Dataset[Any]):
         return pixels, cover.half(), caption.text
 
 
-def clip_batches(dataset: ClipDataset, batch: int, first: int) -> Iterator[ClipBatch]:
-    """Batches of clips `first`, `first + 1`, ... without end, in pinned memory where there is a GPU."""
+def clip_batches(dataset: ClipDataset, batch: int, first: int, num_workers: int | None = None) -> Iterator[ClipBatch]:
+    """Batches of clips `first`, `first + 1`, ... without end, in pinned memory where there is a GPU.
+
+    By default as many processes draw them as there are processors, less two.
+    """
+    if num_workers is None:
+        num_workers = max(0, (os.cpu_count() or 1) - 2)
     loader = DataLoader(
         dataset,
         batch_size=batch,
         sampler=range(first, 2**62),
-        num_workers=max(0, (os.cpu_count() or 1) - 2),
+        num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         collate_fn=_collate,
     )

@@ -19,7 +19,7 @@ HEIGHT, WIDTH, FRAMES = 192, 224, 49
 
 TEXT_TOKENS = 24
 TEXT_WIDTH = 64
-SHIFT = 3.0
+SHIFT = 8.0
 """Shift of the noise levels, in training and sampling alike."""
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

@@ -1,0 +1,138 @@
+"""A folder of the small model, with random weights and at a small size: its defaults, its words, the commands on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+from bsa_compile.cli import main
+from bsa_compile.commands import common
+from bsa_compile.errors import CheckpointError
+from bsa_compile.pipelines.longcat import LongCatPipeline, LongCatPipelineConfig
+from bsa_compile.pipelines.longcat.defaults import DEFAULTS_NAME, GenerationDefaults
+from bsa_compile.pipelines.longcat.video import read_video
+
+pytest.importorskip("diffusers")
+Image = pytest.importorskip("PIL.Image")
+
+DEFAULTS = GenerationDefaults(height=32, width=40, num_frames=13, num_inference_steps=3, guidance_scale=2.0)
+CPU = ["--device", "cpu", "--backend", "eager"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """As `examples/train_tiny.py` writes it."""
+    from bsa_compile.pipelines.small import parts
+    from bsa_compile.pipelines.small.autoencoder import SmallAutoencoder
+
+    torch.manual_seed(0)
+    dit = parts.new_dit()
+    for block in dit.blocks:  # gates that start at zero would hide the attention
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
+    torch.nn.init.normal_(dit.final_layer.linear.weight, std=0.02)
+    folder = tmp_path_factory.mktemp("small")
+    parts.write_folder(folder, dit=dit, text_encoder=parts.new_text_encoder(), vae=SmallAutoencoder())
+    (folder / DEFAULTS_NAME).write_text(json.dumps(DEFAULTS.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def shipped(small, monkeypatch):
+    monkeypatch.setattr(common, "SMALL_MODEL", small)
+
+
+@pytest.fixture(scope="module")
+def pipe(small):
+    return LongCatPipeline.from_pretrained(small, LongCatPipelineConfig(compile_backend="eager"), device="cpu")
+
+
+def test_a_prompt_alone_becomes_a_video(shipped, tmp_path):
+    out = tmp_path / "out.mp4"
+    assert main(["generate", "--prompt", "a red ball rolls to the left over grass", "--output", str(out), *CPU]) == 0
+    assert read_video(out)[0].shape == (13, 32, 40, 3)
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["request"]["guidance_scale"] == 2.0
+    assert report["stages"][0]["steps"] == 3
+    assert report["stages"][0]["block_sparse_sites"]
+
+
+def test_without_the_model_one_error_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "SMALL_MODEL", tmp_path / "none")
+    assert main(["generate", "--prompt", "a red ball", "--output", str(tmp_path / "out.mp4"), *CPU]) == 2
+    assert "--model must be given where the package has no small model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_call_says_goes_over_the_defaults(pipe):
+    asked = pipe.prepare("a red ball", height=48, width=56, num_inference_steps=5).request
+    assert (asked.height, asked.width, asked.num_frames) == (48, 56, 13)
+    assert (asked.num_inference_steps, asked.guidance_scale) == (5, 2.0)
+
+
+def test_a_picture_keeps_its_shape_at_the_defaults_area(pipe):
+    wide = pipe.prepare("a red ball", task="i2v", image=Image.new("RGB", (200, 100))).request
+    assert wide.width == pytest.approx(2 * wide.height, rel=0.2)
+    assert wide.height * wide.width == pytest.approx(32 * 40, rel=0.2)
+
+
+def test_words_that_the_model_does_not_know_are_named(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="bsa_compile"):
+        pipe.encode_prompt("A red dragon, rolls over grass; quickly!")
+    assert [r.message for r in caplog.records] == ["the model does not know 'dragon', 'quickly': ignored"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="bsa_compile"):
+        text = pipe.encode_prompt("A RED ball, rolls to the left over grass.")
+    assert caplog.records == []
+    assert text.values.shape[2] == 24  # tokens that its tokenizer says, not the 512 of LongCat-Video
+
+
+def test_compare_makes_both_videos_from_the_same_noise(shipped, tmp_path, capsys):
+    out = tmp_path / "both"
+    assert main(["compare", "--output", str(out), "--seed", "1", "--sparsity", "0.5", *CPU]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("block_sparse.gif", "dense.gif", "report.json", "side_by_side.mp4")
+    ]
+    assert read_video(out / "side_by_side.mp4")[0].shape == (13, 32, 88, 3)
+    report = json.loads((out / "report.json").read_text())
+    reports = report["reports"]
+    assert [reports[side]["request"]["seed"] for side in ("dense", "block_sparse")] == [1, 1]
+    assert reports["dense"]["stages"][0]["block_sparse_sites"] == 0
+    assert reports["block_sparse"]["stages"][0]["policy"]["sparsity"] == 0.5
+    assert report["speedup"] == report["dense"]["median_step_s"] / report["block_sparse"]["median_step_s"]
+    assert 0 < report["ssim"] <= 1
+    said = capsys.readouterr().out
+    assert "13 frames of 32x40" in said
+    assert f"PSNR {report['psnr_db']:.2f} dB" in said
+
+
+def test_compare_with_all_tiles_finds_no_difference(shipped, tmp_path, capsys):
+    assert main(["compare", "--output", str(tmp_path), "--sparsity", "0", "--json", *CPU]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["psnr_db"] is None or report["psnr_db"] > 50  # None: infinite
+    assert report["ssim"] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_frames": 0}, "num_frames must be a positive number, got 0"),
+        ({"guidance_scale": "much"}, "guidance_scale must be a positive number"),
+        ({"num_inference_steps": None}, "num_inference_steps must be a positive number, got null"),
+        ({"frames": 13}, "frames"),
+    ],
+)
+def test_malformed_defaults_are_an_error(tmp_path, change, said):
+    (tmp_path / DEFAULTS_NAME).write_text(json.dumps({**DEFAULTS.to_dict(), **change}))
+    with pytest.raises(CheckpointError, match=said):
+        GenerationDefaults.from_folder(tmp_path)
+
+
+def test_defaults_of_a_folder_that_says_nothing_are_longcat_videos(tmp_path):
+    assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()
+    assert GenerationDefaults().num_frames == 93
+    assert GenerationDefaults().size is None
+    assert dataclasses.replace(DEFAULTS, width=None).size is None

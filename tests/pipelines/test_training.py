@@ -1,0 +1,65 @@
+"""The script that trains the small model: all its phases, stopped and resumed, up to a folder that makes videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsa_compile.pipelines.longcat import LongCatPipeline, LongCatPipelineConfig
+
+pytest.importorskip("diffusers")
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_tiny.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def few(script, monkeypatch):
+    """The phases of `--smoke`, two steps each, of 9 frames."""
+    monkeypatch.setattr(script.parts, "FRAMES", 9)
+    monkeypatch.setattr(script, "STATISTICS_CLIPS", 2)
+    monkeypatch.setattr(script, "VALIDATION_CLIPS", 2)
+    clips = script.clip_batches
+    # No processes that draw clips: starting them takes longer than all the rest.
+    monkeypatch.setattr(script, "clip_batches", lambda *args: clips(*args, num_workers=0))
+    monkeypatch.setattr(script, "WINDOW", 5)
+    return tuple(dataclasses.replace(phase, steps=2) for phase in script.SMOKE)
+
+
+def test_training_stops_goes_on_and_exports_a_model(script, few, tmp_path):
+    calls = 0
+    complete = False
+    while not complete:
+        calls += 1
+        trainer = script.Trainer(tmp_path, torch.device("cpu"), few, "eager")
+        complete = trainer.run(minutes=0.0)  # a step, then stop
+    assert calls == len(few) + 1  # a phase's last step begins the next phase
+    assert [entry["phase"] for entry in trainer.losses] == [phase.name for phase in few]
+    assert trainer.losses == json.loads((tmp_path / "losses.json").read_text())
+    assert all(math.isfinite(value) for entry in trainer.losses for key, value in entry.items() if key != "phase")
+    assert {"validation_dense", "validation_block_sparse"} <= set(trainer.losses[-1])
+    # Not begun anew: the optimizer has counted the steps of all calls.
+    steps = {int(state["step"]) for state in trainer.optimizers["dit"].state.values()}
+    assert steps == {sum(phase.steps for phase in few if phase.policy is not None)}
+    assert all(torch.isfinite(p).all() for p in trainer.average.parameters())
+
+    config = LongCatPipelineConfig(compile_backend="eager")
+    pipe = LongCatPipeline.from_pretrained(trainer.export(), config, device="cpu")
+    made = pipe("a red ball rolls to the left over grass", height=48, width=56, num_frames=9, num_inference_steps=2)
+    assert made.frames.shape == (9, 48, 56, 3)
+    assert made.report["stages"][0]["block_sparse_sites"]
