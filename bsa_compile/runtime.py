@@ -178,9 +178,9 @@ class Runtime:
             stack.enter_context(plain_errors(self._compiler, f"{prefix}: "))
             if self.context is not None:
                 self.context.use(state.plan)
-                self.context.move()
             policy = _relative_policy(state.policy, prefix, names)
-            return self._code_for(prefix, policy, state, method)(*args, **kwargs)
+            code = functools.partial(self._code_for(prefix, policy, state, method), *args, **kwargs)
+            return code() if self.context is None else self.context.run_block(code)
 
     # -- what a call runs under ---------------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ PHASES = (
     Phase("autoencoder", 1500, 8, 1.0, None, (2e-3, 1e-5)),
     Phase("dense small", 1500, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=2048, new_clips=4),
     # Long enough to unlearn what small videos teach wrongly: a second shape wherever there is room for one.
-    Phase("dense", 1000, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("dense", 1500, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
+    Phase("block-sparse", 3000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
 )
 SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
 

@@ -128,7 +128,10 @@ class ContextParallel:
             if self._watch is not None:
                 stack.enter_context(self._watch.inside())
             try:
-                return self._shared(run, given, policy)
+                result = self._shared(run, given, policy)
+                if self._watch is not None:
+                    _at_gradient(result, self._watch.backward)
+                return result
             except RuntimeError as exc:
                 lost = self._watch.lost() if self._watch is not None and _from_collective(exc) else []
                 if not lost:
@@ -137,10 +140,14 @@ class ContextParallel:
                 todo = "See what that rank logged last; a job with a checkpoint goes on with --resume."
                 raise ParallelError(must("every rank of the mesh", "be alive", got, todo)) from exc
 
-    def move(self) -> None:
-        """The call under way has got on by a block."""
-        if self._watch is not None:
-            self._watch.move()
+    def run_block(self, run: Callable[[], Any]) -> Any:
+        """Run a block of the call under way and show that this rank has got on, then and in the backward pass."""
+        if self._watch is None:
+            return run()
+        self._watch.move()
+        result = run()
+        _at_gradient(result, self._watch.move)
+        return result
 
     def _agree(self, given: dict[str, Any], policy: BSAPolicy, in_force: BSAPolicy) -> None:
         """See that all ranks make the same call."""
@@ -194,6 +201,13 @@ class ContextParallel:
         size, batch = self.ranks.cfg.size, len(given["hidden_states"])
         whole = all(len(given[n]) == batch for n in _BATCHED if isinstance(given.get(n), Tensor) and given[n].dim())
         return even(batch, size) if size > 1 and batch >= size and whole else None
+
+
+def _at_gradient(result: Any, tell: Callable[[], None]) -> None:
+    """Have it told when the gradient of a result, or of the first of several, is there."""
+    out = result[0] if isinstance(result, tuple) else result
+    if isinstance(out, Tensor) and out.requires_grad:
+        out.register_hook(lambda _: tell())
 
 
 def _version() -> str:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.autograd.graph import _engine_run_backward
+
 from .board import Board, named
 
 BEATS = 10  # looks per timeout
@@ -36,7 +39,7 @@ class Watch:
 
     def __init__(self, board: Board, end: Callable[[str], Any] = _end) -> None:
         self._board, self._end = board, end
-        self._moves, self._inside = 0, False
+        self._moves, self._inside, self._backward = 0, False, False
         self._moved = time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}
         self._beats = 0
@@ -60,6 +63,16 @@ class Watch:
             self._inside = False
             self.move()
 
+    def backward(self) -> None:
+        """A backward pass has come to what the model returned; until its end this rank may wait for others."""
+        self.move()
+        self._backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._backward = False
+        self.move()
+
     def close(self) -> None:
         """End the thread."""
         self._stop.set()
@@ -79,31 +92,54 @@ class Watch:
             try:
                 self._look()
             except Exception as exc:  # the store goes with the process that holds it
-                if self._inside and not self._stop.is_set():
+                if (self._inside or self._backward) and not self._stop.is_set():
                     self._end(f"the job's store cannot be reached any more, so the rank that holds it is lost: {exc}")
                 return
 
     def _look(self) -> None:
         self._beats += 1
-        self._board.show("beat", f"{self._beats} {self._moves}")
+        self._board.show("beat", f"{self._beats} {self._moves} {_place()}")
         now = time.monotonic()
         for rank in self._board.ranks:
             text = self._board.look("beat", rank)
             if rank != self._board.rank and text is not None and self._seen.get(rank, ("", 0.0))[0] != text:
                 self._seen[rank] = (text, now)
         timeout = self._board.timeout
-        if self._inside and now - self._moved > timeout:
+        # A pass that an error ended has not told its end, so that is looked at, not believed.
+        self._backward = self._backward and _runs_backward()
+        if (self._inside or self._backward) and now - self._moved > timeout:
             self._end(self._verdict(now))
             self._stop.set()
 
     def _verdict(self, now: float) -> str:
         timeout = self._board.timeout
-        waited = f"rank {self._board.rank} waited {now - self._moved:.0f} s in call of the model"
+        place = "a call of the model" if self._inside else "a backward pass"
+        waited = f"rank {self._board.rank} waited {now - self._moved:.0f} s in {place}"
         silent = [r for r, (_, since) in self._seen.items() if now - since > min(timeout, 5 * self._pause)]
         if silent:
             return f"{waited}: {named(silent)} gave no sign of life and must have died or been stopped"
-        moves = {r: int(text.split()[1]) for r, (text, _) in self._seen.items()}
-        behind = [r for r, n in moves.items() if n < self._moves]
+        shown = {r: text.split(maxsplit=2)[1:] for r, (text, _) in self._seen.items()}
+        places = "; ".join(f"rank {r} is at {place}" for r, (_, place) in shown.items())
+        behind = [r for r, (moves, _) in shown.items() if int(moves) < self._moves]
         if behind:
-            return f"{waited}: {named(behind)} hangs, or makes other calls: it did not get as far as this one"
-        return f"{waited}: no rank gets on; all of them are alive and stand in the same place or further"
+            return f"{waited}: {named(behind)} hangs, or makes other calls: it did not get as far as this one; {places}"
+        return f"{waited}: no rank gets on, all of them are alive; {places}"
+
+
+def _place() -> str:
+    """Where the main thread is, for people."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "its end"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _runs_backward() -> bool:
+    """Whether a thread of this process waits for torch's engine."""
+    for frame in sys._current_frames().values():
+        here: Any = frame
+        while here is not None:
+            if here.f_code is _engine_run_backward.__code__:
+                return True
+            here = here.f_back
+    return False

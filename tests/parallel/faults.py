@@ -80,17 +80,24 @@ def absent(missing: int) -> str:
     return ""
 
 
-def lose(fault: str, store: str, rank: int) -> None:
-    """Two ranks, of which the second is lost in its second call, in block 1."""
+def lose(fault: str, where: str, store: str, rank: int) -> None:
+    """Two ranks, of which the second is lost in its second call or backward pass, in block 1."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=2)
     case = Case((3, 2, 2), {"context": 2})
     fast, given = _optimized(case), inputs_of(case)
+    loses = {"hang": _hang, "kill": _kill, "stop": _stop}[fault]
+    if where == "backward":
+        fast(**given).square().mean().backward()
+        if rank == 1:
+            fast.blocks[1].ffn.w2.weight.register_hook(loses)
+        fast(**given).square().mean().backward()
+        return
     with torch.no_grad():
         fast(**given)
         if rank == 1:
-            fast.blocks[1].forward = {"hang": _hang, "kill": _kill, "stop": _stop}[fault]
+            fast.blocks[1].forward = loses
         fast(**given)
 
 
@@ -107,4 +114,4 @@ def _stop(*args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    lose(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    lose(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

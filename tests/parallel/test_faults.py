@@ -47,9 +47,12 @@ def test_all_alike_pass(pool):
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-@pytest.mark.parametrize("fault", ["hang", "kill", "stop"])
-def test_a_rank_lost_within_a_call_ends_the_job(tmp_path, fault):
-    command = [sys.executable, "-m", "tests.parallel.faults", fault, str(tmp_path / "store")]
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [*((fault, "call") for fault in ("hang", "kill", "stop")), ("hang", "backward"), ("stop", "backward")],
+)
+def test_a_rank_lost_ends_the_job(tmp_path, fault, where):
+    command = [sys.executable, "-m", "tests.parallel.faults", fault, where, str(tmp_path / "store")]
     began = time.monotonic()
     ranks = [
         subprocess.Popen([*command, str(rank)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -71,4 +74,5 @@ def test_a_rank_lost_within_a_call_ends_the_job(tmp_path, fault):
         assert "ParallelError" in said
     else:
         assert ranks[0].returncode == EXIT_STATUS
-        assert ("hangs" if fault == "hang" else "no sign of life") in said
+        assert (" in _hang" if fault == "hang" else "no sign of life") in ours
+        assert ("in a backward pass" if where == "backward" else "in a call of the model") in ours
