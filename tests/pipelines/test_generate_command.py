@@ -176,8 +176,3 @@ def test_a_folder_without_its_parts_is_refused_in_one_error(tmp_path, capsys):
     said = capsys.readouterr().err
     for part in ("tokenizer/", "text_encoder/", "vae/", "scheduler/", "dit/"):
         assert part in said
-
-
-def test_without_a_model_the_command_says_what_is_missing(tmp_path, capsys):
-    assert main(["generate", *PROMPT, "--output", str(tmp_path / "out.mp4")]) == 2
-    assert "no small model comes with the package yet" in capsys.readouterr().err

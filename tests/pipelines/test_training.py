@@ -15,17 +15,20 @@ import torch
 from bsa_compile.pipelines.longcat import LongCatPipeline, LongCatPipelineConfig
 
 pytest.importorskip("diffusers")
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_tiny.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("train_tiny")
 
 
 @pytest.fixture
@@ -53,6 +56,11 @@ def test_training_stops_goes_on_and_exports_a_model(script, few, tmp_path):
     assert trainer.losses == json.loads((tmp_path / "losses.json").read_text())
     assert all(math.isfinite(value) for entry in trainer.losses for key, value in entry.items() if key != "phase")
     assert {"validation_dense", "validation_block_sparse"} <= set(trainer.losses[-1])
+    pytest.importorskip("matplotlib")
+    picture = load("plot_losses")
+    drawn = picture.figure(picture.read_phases(tmp_path / "losses.json"))
+    assert [axes.get_title() for axes in drawn.axes] == [phase.name for phase in few[1:]]
+    assert len(drawn.axes[-1].lines) == 3  # of single batches, and of both kinds of attention on unseen clips
     # Not begun anew: the optimizer has counted the steps of all calls.
     steps = {int(state["step"]) for state in trainer.optimizers["dit"].state.values()}
     assert steps == {sum(phase.steps for phase in few if phase.policy is not None)}
