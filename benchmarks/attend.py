@@ -31,6 +31,7 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+from bsa_compile.cli import triple
 from bsa_compile.kernels import config
 from bsa_compile.kernels.attend_backward import attend_backward
 from bsa_compile.kernels.attend_forward import attend_forward
@@ -45,12 +46,6 @@ TOLERANCE = 1e-2  # relative error of bf16 results against fp64
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    def triple(text: str) -> tuple[int, ...]:
-        values = tuple(int(part) for part in text.replace("x", ",").split(","))
-        if len(values) != 3 or min(values) < 1:
-            raise argparse.ArgumentTypeError(f"must be three positive integers, got {text!r}")
-        return values
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, default=(24, 44, 80), help="T,H,W")
     parser.add_argument("--tile", type=triple, default=(4, 4, 4), help="t,h,w")

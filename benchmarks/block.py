@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout th
 
 import bsa_compile
 from bsa_compile.benchmarking.dit import fastest_dense, random_inputs, random_model
+from bsa_compile.cli import triple
 from bsa_compile.timing import measure as measure_time
 
 GRIDS = ((24, 44, 80), (48, 44, 80))
@@ -61,10 +62,6 @@ def measure(grid: tuple[int, int, int], sparsity: float, repeats: int) -> dict[s
 
 
 def main() -> None:
-    def triple(text: str) -> tuple[int, int, int]:
-        t, h, w = (int(part) for part in text.split(","))
-        return t, h, w
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, action="append", help="T,H,W; may be repeated")
     parser.add_argument("--sparsity", type=float, default=0.9375)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout th
 import bsa_compile
 from bsa_compile.benchmarking import results
 from bsa_compile.benchmarking.dit import TEXT_TOKENS, WEIGHTS, dense_kernel, fastest_dense, random_inputs, random_model
+from bsa_compile.cli import triple
 from bsa_compile.commands import common, console
 from bsa_compile.errors import BSACompileError, UsageError, must
 from bsa_compile.files import check_writable
@@ -195,10 +196,6 @@ def told(cell: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    def triple(text: str) -> tuple[int, int, int]:
-        t, h, w = (int(part) for part in text.split(","))
-        return t, h, w
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, action="append", help="T,H,W; may be repeated")
     parser.add_argument("--sparsity", type=float, action="append", help="may be repeated")

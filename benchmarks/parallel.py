@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
 import bsa_compile
+from bsa_compile.cli import triple
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.parallel import shard_weights
 from bsa_compile.parallel.mesh import resolve, tile_units
@@ -118,10 +119,6 @@ def attention(grid: Grid, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, repea
 
 
 def main() -> None:
-    def triple(text: str) -> Grid:
-        t, h, w = (int(part) for part in text.split(","))
-        return t, h, w
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, action="append", help="T,H,W; may be repeated")
     parser.add_argument("--depth", type=int, default=8, help="blocks; the released model has 48")

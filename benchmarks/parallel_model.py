@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+from bsa_compile.cli import triple
 from bsa_compile.parallel.mesh import factor
 from bsa_compile.parallel.plan import overlapping_groups
 from bsa_compile.parallel.split import FrameSplit, even
@@ -133,10 +134,6 @@ def table(grid: tuple[int, int, int], link: float, across: float, host: int) -> 
 
 
 def main() -> None:
-    def triple(text: str) -> tuple[int, int, int]:
-        t, h, w = (int(part) for part in text.split(","))
-        return t, h, w
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, default=(24, 44, 80), help="24,44,80 or 48,44,80: what was measured")
     parser.add_argument("--link", type=float, default=350.0, help="GB/s to GPUs of the same host")

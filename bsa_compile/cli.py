@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="denoising steps (default: 3)")
     parser.add_argument("--output", default="demo_output", metavar="DIR", help="default: demo_output")
-    parser.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
+    parser.add_argument("--grid", type=triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the noise (default: 0)")
     _add_criteria(parser)
     _add_device(parser)
@@ -125,14 +125,14 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", type=_triple, metavar="T,H,W", help="ask the kernels about this token grid")
-    parser.add_argument("--tile", type=_triple, metavar="T,H,W", help="and about this tile")
+    parser.add_argument("--grid", type=triple, metavar="T,H,W", help="ask the kernels about this token grid")
+    parser.add_argument("--tile", type=triple, metavar="T,H,W", help="and about this tile")
     _add_json(parser)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or with dit/config.json")
-    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
+    parser.add_argument("--grid", type=triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
     parser.add_argument("--cond", type=_count, default=0, metavar="N", help="latent frames given as condition")
     parser.add_argument("--step", type=_count, metavar="I", help="denoising step, for policies that depend on it")
     _add_policy(parser)
@@ -144,7 +144,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     attention = kinds.add_parser("attention", help="attention alone, on random q, k, v")
     model = kinds.add_parser("model", help="one call of the whole model")
     for kind, dtype in ((attention, "float32"), (model, "the checkpoint's")):
-        kind.add_argument("--grid", type=_triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
+        kind.add_argument("--grid", type=triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
         kind.add_argument("--dtype", choices=DTYPES, help=f"default: {dtype} on a CPU, bfloat16 on a GPU")
         kind.add_argument("--repeats", type=_positive, default=5, metavar="N", help="the median counts (default: 5)")
         kind.add_argument("--warmup", type=_count, default=1, metavar="N", help="calls not counted (default: 1)")
@@ -169,7 +169,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", type=_triple, default=(12, 30, 36), metavar="T,H,W", help="default: 12,30,36")
+    parser.add_argument("--grid", type=triple, default=(12, 30, 36), metavar="T,H,W", help="default: 12,30,36")
     parser.add_argument("--output", default="block_mask.png", metavar="FILE", help="PNG (default: block_mask.png)")
     parser.add_argument("--checkpoint", metavar="DIR", help="take q and k from this model instead of random ones")
     parser.add_argument("--block", type=_count, default=0, metavar="I", help="of the checkpoint (default: 0)")
@@ -183,7 +183,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or with dit/config.json")
-    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
+    parser.add_argument("--grid", type=triple, required=True, metavar="T,H,W", help="token grid: latent size / patch")
     parser.add_argument(
         "--format",
         choices=("onnx", "pt2", "aoti"),
@@ -205,7 +205,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="ONNX file")
-    parser.add_argument("--grid", type=_triple, required=True, metavar="T,H,W", help="token grid of its self-attention")
+    parser.add_argument("--grid", type=triple, required=True, metavar="T,H,W", help="token grid of its self-attention")
     parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file; may be the input")
     _add_policy(parser)
     _add_json(parser)
@@ -288,7 +288,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 def _add_criteria(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, metavar="S", help="share of key tiles to skip, in [0, 1]")
     parser.add_argument("--cdf-threshold", type=float, metavar="P", help="softmax mass to keep, in (0, 1]")
-    parser.add_argument("--tile", type=_triple, metavar="T,H,W", help="of queries and keys")
+    parser.add_argument("--tile", type=triple, metavar="T,H,W", help="of queries and keys")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -345,7 +345,7 @@ def _seed(text: str) -> int:
     return value
 
 
-def _triple(text: str) -> tuple[int, int, int]:
+def triple(text: str) -> tuple[int, int, int]:
     """8,30,36 or 8x30x36."""
     parts = text.lower().replace("x", ",").split(",")
     try:

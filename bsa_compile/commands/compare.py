@@ -14,7 +14,7 @@ from bsa_compile.commands import common, console
 from bsa_compile.files import check_writable
 from bsa_compile.metrics import Video, psnr, ssim
 from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, LongCatPipelineConfig
-from bsa_compile.pipelines.longcat.request import BASE_FPS
+from bsa_compile.pipelines.longcat.request import request_for
 from bsa_compile.pipelines.longcat.video import write_video
 from bsa_compile.policy import BSAPolicy
 
@@ -34,25 +34,28 @@ def run(args: argparse.Namespace) -> int:
     device = common.resolve_device(args.device)
     backend, note = common.resolve_backend(args.backend, device)
     options = {name: value for name in _PASSED if (value := getattr(args, name)) is not None}
-    config = LongCatPipelineConfig(compile_backend=backend)
-    pipe = LongCatPipeline.from_pretrained(common.model_folder(args.model), config, device=device)
+    common.with_criteria(BSAPolicy(), args)  # refuses what no policy takes; the folder's own is known when it is loaded
+    model = common.model_folder(args.model)
+    request_for(model, prompt=args.prompt, **options)
+    pipe = LongCatPipeline.from_pretrained(model, LongCatPipelineConfig(compile_backend=backend), device=device)
     policy = common.with_criteria(pipe.transformer.checkpoint.policy or BSAPolicy(), args)
     sides = {"dense": BSAPolicy.dense(), "block_sparse": dataclasses.replace(policy, enabled=True)}
+    jobs = {name: pipe.prepare(args.prompt, policy=side, **options) for name, side in sides.items()}
     if not args.json:
         print(f"{args.prompt!r}; {common.device_line(device)}", *[note] * bool(note), sep="\n", flush=True)
-    made = {name: pipe(args.prompt, policy=side, **options) for name, side in sides.items()}
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, file in SINGLE.items():
-        write_video(folder / file, made[name].frames, BASE_FPS)
-    write_video(folder / VIDEO, beside(made["dense"].frames, made["block_sparse"].frames), BASE_FPS)
+    made = {name: pipe.run(job) for name, job in jobs.items()}
+    dense, sparse = made["dense"], made["block_sparse"]
     result = {
         "prompt": args.prompt,
         "notes": [note] if note else [],
         "backend": backend,
-        **compared(made["dense"], made["block_sparse"]),
+        **compared(dense, sparse),
         "reports": {name: one.report for name, one in made.items()},
     }
+
+    for name, file in SINGLE.items():
+        made[name].save(folder / file)
+    write_video(folder / VIDEO, beside(dense.frames, sparse.frames), dense.fps)
     console.put_json(result, str(folder / REPORT))
     if args.json:
         console.put_json(result, "-")
@@ -99,7 +102,7 @@ def as_text(result: dict[str, Any]) -> str:
             (label, console.seconds(dense[key]), console.seconds(sparse[key]), remark)
             for label, key, remark in (
                 ("first step", "first_step_s", "compilation included"),
-                (f"median of the other {dense['steps'] - 1}", "median_step_s", f"speed-up {result['speedup']:.2f}x"),
+                ("median step", "median_step_s", f"speed-up {result['speedup']:.2f}x"),
             )
         ),
         ("tiles skipped", "0%", "unknown" if skipped is None else console.percent(skipped), ""),

@@ -19,11 +19,9 @@ from bsa_compile.commands import common, console
 from bsa_compile.errors import PolicyError, UsageError, must
 from bsa_compile.files import check_writable
 from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, LongCatPipelineConfig
-from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
-from bsa_compile.pipelines.longcat.loading import check_folder, vae_factors
 from bsa_compile.pipelines.longcat.pipeline import Job
 from bsa_compile.pipelines.longcat.policies import as_argument
-from bsa_compile.pipelines.longcat.request import BASE_FPS, COND_FRAMES, make_request
+from bsa_compile.pipelines.longcat.request import BASE_FPS, COND_FRAMES, request_for
 from bsa_compile.pipelines.longcat.resume import clear_folder
 from bsa_compile.pipelines.longcat.video import check_output, read_image, read_video
 from bsa_compile.policy import BSAPolicy
@@ -58,14 +56,10 @@ def run(args: argparse.Namespace) -> int:
     policy = load_policies(args.policy)
     options = {name: value for name in _PASSED if (value := getattr(args, name)) is not None}
     given = load_given(args)
-    # Before minutes of loading: everything that is wrong with the sizes, and every file that is missing.
     folder = common.model_folder(args.model)
-    check_folder(folder)
-    spatial, temporal = vae_factors(folder)
     frames = given.get("image", given.get("video"))
     aspect = None if frames is None else frames.shape[1] / frames.shape[2]
-    sizes: dict[str, Any] = {"spatial": spatial, "temporal": temporal, "aspect": aspect}
-    asked = make_request(**sizes, defaults=GenerationDefaults.from_folder(folder), prompt=args.prompt, **options)
+    asked = request_for(folder, aspect=aspect, prompt=args.prompt, **options)
 
     with _processes(device, config) as (mesh, speaks):
         several = {} if mesh is None else {"mesh": mesh}

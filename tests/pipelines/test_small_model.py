@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 
@@ -109,6 +108,17 @@ def test_compare_makes_both_videos_from_the_same_noise(shipped, tmp_path, capsys
     assert f"PSNR {report['psnr_db']:.2f} dB" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--height", "33", "--width", "40"], "height must be"), (["--sparsity", "1.5"], "sparsity must be a number")],
+)
+def test_compare_refuses_before_it_loads(shipped, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(LongCatPipeline, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    assert main(["compare", "--output", str(tmp_path / "both"), *arguments, *CPU]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_compare_with_all_tiles_finds_no_difference(shipped, tmp_path, capsys):
     assert main(["compare", "--output", str(tmp_path), "--sparsity", "0", "--json", *CPU]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -119,9 +129,11 @@ def test_compare_with_all_tiles_finds_no_difference(shipped, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_frames": 0}, "num_frames must be a positive number, got 0"),
+        ({"num_frames": 0}, "num_frames must be a positive integer, got 0"),
+        ({"num_frames": 13.5}, "num_frames must be a positive integer, got 13.5"),
+        ({"width": None}, "height and width must be given both or not at all"),
         ({"guidance_scale": "much"}, "guidance_scale must be a positive number"),
-        ({"num_inference_steps": None}, "num_inference_steps must be a positive number, got null"),
+        ({"num_inference_steps": None}, "num_inference_steps must be a positive integer, got null"),
         ({"frames": 13}, "frames"),
     ],
 )
@@ -135,4 +147,3 @@ def test_defaults_of_a_folder_that_says_nothing_are_longcat_videos(tmp_path):
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()
     assert GenerationDefaults().num_frames == 93
     assert GenerationDefaults().size is None
-    assert dataclasses.replace(DEFAULTS, width=None).size is None

@@ -58,7 +58,11 @@ class GenerationDefaults:
         except UsageError as exc:
             raise CheckpointError(str(exc)) from None
         for name, value in fields.items():
-            fine = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            kinds, want = ((int, float), "number") if name == "guidance_scale" else (int, "integer")
+            fine = isinstance(value, kinds) and not isinstance(value, bool) and value > 0
             if not (fine or (value is None and name in ("height", "width"))):
-                raise CheckpointError(must(f"{path}: {name}", "be a positive number", json.dumps(value)))
+                raise CheckpointError(must(f"{path}: {name}", f"be a positive {want}", json.dumps(value)))
+        if (fields.get("height") is None) != (fields.get("width") is None):
+            got = f"{fields.get('height')} and {fields.get('width')}"
+            raise CheckpointError(must(f"{path}: height and width", "be given both or not at all", got))
         return cls(**fields)

@@ -62,11 +62,11 @@ def encode(tokenizer: Any, encoder: Any, prompt: str, max_tokens: int, dtype: to
         return_attention_mask=True,
         return_tensors="pt",
     )
-    if unknown := unknown_words(tokenizer, text):
+    whole = tokenizer(text, add_special_tokens=True).input_ids
+    if tokenizer.unk_token_id in whole and (unknown := unknown_words(tokenizer, text)):
         log.warning("the model does not know %s: ignored", ", ".join(map(repr, unknown)))
-    needed = len(tokenizer(text, add_special_tokens=True).input_ids)
-    if needed > max_tokens:
-        log.warning("the prompt has %d tokens: all after the first %d are ignored", needed, max_tokens)
+    if len(whole) > max_tokens:
+        log.warning("the prompt has %d tokens: all after the first %d are ignored", len(whole), max_tokens)
     ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
     with torch.no_grad():
         hidden = encoder(ids, mask).last_hidden_state
@@ -74,10 +74,9 @@ def encode(tokenizer: Any, encoder: Any, prompt: str, max_tokens: int, dtype: to
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """Words that a tokenizer has nothing for, in the order of the text; most have something for every word."""
-    unknown = tokenizer.unk_token_id
-    words = dict.fromkeys(re.findall(r"\w+", text)) if unknown in tokenizer(text).input_ids else ()
-    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False).input_ids]
+    """Words that a tokenizer has nothing for, in the order of the text."""
+    words = dict.fromkeys(re.findall(r"\w+", text))
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
 
 
 def joined(*texts: TextEmbeds) -> TextEmbeds:

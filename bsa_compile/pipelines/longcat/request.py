@@ -6,12 +6,13 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bsa_compile.errors import UsageError, must
 from bsa_compile.pipelines.longcat import sizes
 from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
-from bsa_compile.pipelines.longcat.loading import DISTILL_LORA, REFINE_LORA
+from bsa_compile.pipelines.longcat.loading import DISTILL_LORA, REFINE_LORA, check_folder, vae_factors
 
 log = logging.getLogger("bsa_compile")
 
@@ -118,6 +119,23 @@ def plan(request: GenerationRequest) -> list[Stage]:
                 )
             )
     return stages
+
+
+def request_for(folder: Path, *, aspect: float | None = None, **options: Any) -> GenerationRequest:
+    """Validate a call against a model's folder, before minutes of loading its weights.
+
+    Args:
+        folder: LongCat-Video's, or another in its layout.
+        aspect, options: as in `make_request`.
+
+    Raises:
+        MissingExtraError, CheckpointError: a library or a file of the folder is missing or malformed.
+        UsageError: an argument is out of range, or two of them do not fit each other.
+    """
+    check_folder(folder)
+    spatial, temporal = vae_factors(folder)
+    defaults = GenerationDefaults.from_folder(folder)
+    return make_request(spatial=spatial, temporal=temporal, aspect=aspect, defaults=defaults, **options)
 
 
 def make_request(
