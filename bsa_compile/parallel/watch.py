@@ -6,6 +6,7 @@ a thread that shows where the rank stands, and looks where the others stand when
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -21,11 +22,14 @@ from .board import Board, named
 
 BEATS = 10  # looks per timeout
 EXIT_STATUS = 75
+GRACE = 3.0  # seconds in which the others say what they see, before this rank's end breaks their connections
 
 
 def _end(message: str) -> None:
     """The main thread waits in a collective and cannot be reached: only the process can be ended."""
     print(f"bsa_compile: {message}", file=sys.stderr, flush=True)
+    atexit.register(os._exit, EXIT_STATUS)  # should another's end break the main thread's wait before this one's
+    time.sleep(GRACE)
     os._exit(EXIT_STATUS)
 
 
@@ -43,6 +47,7 @@ class Watch:
         self._moved = time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}
         self._beats = 0
+        self._spoke = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="bsa_compile watch", daemon=True)
         self._thread.start()
@@ -78,8 +83,10 @@ class Watch:
         self._stop.set()
 
     def lost(self) -> list[int]:
-        """Ranks that gave no sign of life for the last few beats, after waiting for one."""
+        """Ranks that gave no sign of life for a few beats, after waiting for one; none where all is said already."""
         time.sleep(4 * self._pause)
+        if self._spoke:
+            return []
         now = time.monotonic()
         return [r for r, (_, since) in self._seen.items() if now - since > 3 * self._pause]
 
@@ -108,6 +115,7 @@ class Watch:
         # A pass that an error ended has not told its end, so that is looked at, not believed.
         self._backward = self._backward and _runs_backward()
         if (self._inside or self._backward) and now - self._moved > timeout:
+            self._spoke = True
             self._end(self._verdict(now))
             self._stop.set()
 
