@@ -22,6 +22,9 @@ PALETTES = {
 }
 """Background -> the two colours between which its texture mixes. Dull, so that no shape's colour is near."""
 
+OFF_CENTRE = 0.15
+"""How far from the middle a shape may be on an axis that it does not move along, as a share of the room there."""
+
 
 def draw_clips(
     captions: Sequence[Caption],
@@ -83,7 +86,7 @@ def draw_clip(
     mask = (0.5 - outside).clamp(0, 1)
     # Lighter at the upper left, darker at the rim: a shape stands out from its background.
     light = 1 - 0.05 * (dx + dy) / radius - 0.25 * (1 + outside / 3).clamp(0, 1)
-    colour = torch.tensor(COLOURS[caption.colour], device=device).view(3, 1, 1, 1) / 255
+    colour = _colour(COLOURS[caption.colour], device)
     background = _background(caption.background, time[frames], height, width, rng)
     video = background * (1 - mask) + (colour * light).clamp(0, 1) * mask
     return video * 2 - 1, mask
@@ -92,36 +95,39 @@ def draw_clip(
 def _path(
     caption: Caption, time: Tensor, radius: float, height: int, width: int, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Centres `[T, 2]` (y, x) in pixels and angles `[T]`."""
+    """Centres `[T, 2]` (y, x) in pixels and angles `[T]`.
+
+    What no caption tells varies little: shapes start upright, near the middle of the axis they do not move along, spin
+    one way, and bounce from the ground. Were all of that free, noise would have to settle it, and a model of this size
+    settles it halfway: two places become one wide shape, two angles a shape with twice the corners.
+    """
 
     def place(side: int) -> float:
-        return rng.uniform(radius, side - radius)
+        return side / 2 + rng.uniform(-OFF_CENTRE, OFF_CENTRE) * (side - 2 * radius)
 
     y, x = (torch.full_like(time, place(side)) for side in (height, width))
-    turn = rng.uniform(-math.pi, math.pi) + torch.zeros_like(time)
+    turn = torch.zeros_like(time)
     motion = caption.motion
     if motion in ("left", "right", "up", "down"):
         side = width if motion in ("left", "right") else height
         room = side - 2 * radius
-        way = rng.uniform(0.55, 0.95) * room
-        start = radius + rng.uniform(0, room - way)
+        way = rng.uniform(0.65, 0.9) * room
+        start = radius + rng.uniform(0.25, 0.75) * (room - way)
         line = start + way * time
         if motion in ("left", "up"):
             line = side - line
         if motion in ("left", "right"):
             x = line
+            turn = 2 * math.pi * rng.uniform(0.7, 0.9) * time  # a roll
+            turn = turn if motion == "right" else -turn
         else:
             y = line
-        if motion in ("left", "right"):  # a roll: the way on the rim
-            turn = turn + (way if motion == "right" else -way) / radius * time
     elif motion == "bounce":
-        hops = rng.uniform(1.5, 3.0)
-        phase = (time * hops + rng.uniform(0, 1)) % 1
-        tall = rng.uniform(0.5, 0.9) * (height - 2 * radius)
+        phase = (time * rng.uniform(1.8, 2.4)) % 1
+        tall = rng.uniform(0.6, 0.9) * (height - 2 * radius)
         y = height - radius - tall * 4 * phase * (1 - phase)
     else:
-        rounds = rng.uniform(0.5, 1.0) * rng.choice((-1, 1))
-        turn = turn + 2 * math.pi * rounds * time
+        turn = 2 * math.pi * rng.uniform(0.6, 1.0) * time
     if caption.shape in ROUND:
         turn = torch.zeros_like(turn)
     return torch.stack([y, x], dim=1), turn
@@ -177,8 +183,13 @@ def _background(name: str, time: Tensor, height: int, width: int, rng: random.Ra
         mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (5 * xs + 1.2 * noise + phase)) * (1 + 0 * ys)
     else:
         mix = 0.5 + 0.9 * noise
-    dark, bright = (torch.tensor(c, device=device).view(3, 1, 1, 1) / 255 for c in PALETTES[name])
+    dark, bright = (_colour(c, device) for c in PALETTES[name])
     return dark + (bright - dark) * mix.clamp(0, 1)
+
+
+def _colour(rgb: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`Float32[Tensor, "3 1 1 1"]` in [0, 1], without waiting for the device."""
+    return (torch.tensor(rgb).view(3, 1, 1, 1) / 255).to(device, non_blocking=True)
 
 
 def _noise(height: int, width: int, rng: random.Random, device: torch.device) -> Tensor:
@@ -188,6 +199,6 @@ def _noise(height: int, width: int, rng: random.Random, device: torch.device) ->
     for cells, weight in ((4, 0.6), (9, 0.4)):
         rows = max(2, round(cells * height / min(height, width)))
         columns = max(2, round(cells * width / min(height, width)))
-        coarse = torch.rand(1, 1, rows, columns, generator=generator).to(device) * 2 - 1
+        coarse = torch.rand(1, 1, rows, columns, generator=generator).to(device, non_blocking=True) * 2 - 1
         total += weight * F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0]
     return total

@@ -25,7 +25,7 @@ SHIFT = 8.0
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 DEFAULTS = GenerationDefaults(
-    height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=24, guidance_scale=3.0, refine_steps=24
+    height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=24, guidance_scale=1.0, refine_steps=24
 )
 
 
