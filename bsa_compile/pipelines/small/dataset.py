@@ -37,7 +37,7 @@ class ClipDataset:
         name: of the data set: others have other clips.
         num_frames, height, width: of the clips.
         window: take so many of a clip's frames, somewhere; None: all.
-        device: where to draw. A GPU draws a hundred times as many as a processor, and is not waited for.
+        device: where to draw; a GPU is not waited for.
     """
 
     def __init__(
