@@ -17,7 +17,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +33,11 @@ from bsa_compile.pipelines.small import parts
 from bsa_compile.pipelines.small.autoencoder import SmallAutoencoder
 from bsa_compile.pipelines.small.dataset import ClipBatch, ClipDataset
 
-SHAPE_WEIGHT = 8.0  # of the loss where the shape is: it covers a tenth of the picture, and is what captions tell of
 NO_TEXT = 0.1  # share of samples without a caption, for guidance
-KL_WEIGHT = 5e-4
+KL_WEIGHT = 1e-4
 STATISTICS_CLIPS = 48
 EMA = 0.998
+EAGER_STEPS = 3  # before a step is recorded: what is compiled and chosen at first use must be there
 WARM_UP = 100
 VALIDATE_EVERY = 250
 VALIDATION_CLIPS = 16
@@ -78,10 +78,10 @@ class Phase:
 
 PHASES = (
     Phase("autoencoder", 2500, 8, 1.0, None, (2e-3, 1e-5)),
-    Phase("dense small", 1500, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=2048, new_clips=4),
+    Phase("dense small", 3000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=2048, new_clips=4),
     # Long enough to unlearn what small videos teach wrongly: a second shape wherever there is room for one.
     Phase("dense", 1500, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 2300, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
 )
 SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
 
@@ -91,17 +91,60 @@ class Samples(NamedTuple):
 
     Attributes:
         latents: `BFloat16[Tensor, "b c t h w"]`, normalised.
-        cover: as in `ClipBatch`.
         tokens: token ids and mask `Int64[Tensor, "b 2 l"]`.
     """
 
     latents: Tensor
-    cover: Tensor
     tokens: Tensor
 
     def part(self, which: slice) -> Samples:
         """Some of them."""
         return Samples(*(values[which] for values in self))
+
+
+class Gradients:
+    """Losses and gradients of one step after the other.
+
+    On a GPU they are recorded as a CUDA graph after a few steps and then replayed: launched one by one, the thousands
+    of small kernels of a step keep the GPU waiting for the CPU.
+
+    Args:
+        compute: losses, the one to be minimised named `loss`, from tensors whose sizes never change.
+        parameters: what `loss` is differentiated by.
+    """
+
+    def __init__(self, compute: Callable[..., dict[str, Tensor]], parameters: Sequence[nn.Parameter]) -> None:
+        self._compute, self._parameters = compute, parameters
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._losses: dict[str, Tensor] = {}
+        self._gradients: list[Tensor | None] = []
+        self._steps = 0
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The losses, valid until the next call; the gradients are in the parameters' `grad`."""
+        self._steps += 1
+        if inputs[0].device.type != "cuda" or self._steps <= EAGER_STEPS:
+            return self._run(inputs)
+        if self._graph is None:
+            self._inputs = tuple(value.clone() for value in inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self._losses = self._run(self._inputs)
+            self._graph, self._gradients = graph, [p.grad for p in self._parameters]
+        for kept, new in zip(self._inputs, inputs, strict=True):
+            kept.copy_(new)
+        self._graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._losses
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses = self._compute(*inputs)
+        losses["loss"].backward()
+        return {name: value.detach() for name, value in losses.items()}
 
 
 class Trainer:
@@ -222,6 +265,17 @@ class Trainer:
 
     def run(self, minutes: float) -> bool:
         """Train until the time is up; whether training is complete."""
+        if self.device.type != "cuda":
+            return self._run(minutes)
+        # The default stream cannot be recorded, and autograd sums gradients on the stream it first met them on.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            complete = self._run(minutes)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return complete
+
+    def _run(self, minutes: float) -> bool:
         first, until = self.phase, time.monotonic() + 60 * minutes
         while self.phase < len(self.phases):
             if self.phase > first and time.monotonic() + PREPARATION > until:
@@ -255,12 +309,10 @@ class Trainer:
         share = self.step / phase.steps
         return min(1.0, (self.step + 1) / WARM_UP) * (low + (high - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def _update(self, names: tuple[str, ...], phase: Phase, loss: Tensor) -> None:
+    def _update(self, names: tuple[str, ...], phase: Phase) -> None:
+        """A step of the optimizers along the gradients."""
         optimizers = [self.optimizers[name] for name in names]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         for group in groups:
             group["lr"] = self._rate(phase)
@@ -271,16 +323,22 @@ class Trainer:
         height, width = phase.size
         sizes = [(height, width), (height // 2, width // 2)]  # in turns: both are generated later
         sources = [self.clips(phase.name, size, WINDOW) for size in sizes]
+        parameters = list(self.vae.parameters())
+        gradients = [Gradients(self._reconstruct, parameters) for _ in sizes]
         while True:
-            video = sources[self.step % 2].batch(self.step * phase.batch, phase.batch).video
-            with self.autocast():
-                found = self.vae.encode(video).latent_dist
-                out = self.vae.decode(found.sample()).sample.float()
-            error = (out - video).abs().mean()
-            kl = found.kl().mean() / found.mean[0].numel()
-            self._update(("vae",), phase, error + KL_WEIGHT * kl)
-            psnr = -10 * torch.log10((out.detach() - video).square().mean() / 4)
-            yield {"loss": error.detach(), "kl": kl.detach(), "psnr": psnr}
+            turn = self.step % len(sizes)
+            losses = gradients[turn](sources[turn].batch(self.step * phase.batch, phase.batch).video)
+            self._update(("vae",), phase)
+            yield losses
+
+    def _reconstruct(self, video: Tensor) -> dict[str, Tensor]:
+        """How well the autoencoder gives a video back, and how far its latents are from unit noise (nats each)."""
+        with self.autocast():
+            found = self.vae.encode(video).latent_dist
+            out = self.vae.decode(found.sample()).sample.float()
+        kl = 0.5 * (found.mean.square() + found.var - 1 - found.logvar).float().mean()
+        psnr = -10 * torch.log10((out.detach() - video).square().mean() / 4)
+        return {"loss": (out - video).abs().mean() + KL_WEIGHT * kl, "kl": kl, "psnr": psnr}
 
     def _dit_steps(self, phase: Phase) -> Iterator[dict[str, Tensor]]:
         assert phase.policy is not None
@@ -289,23 +347,22 @@ class Trainer:
         pool = ClipPool(self, phase, self.step)
         parameters = [*self.dit.parameters(), *self.text.parameters()]
         validation = self._samples(self.clips("validation", phase.size).batch(0, VALIDATION_CLIPS))
+        gradients = Gradients(lambda *inputs: {"loss": self._flow_error(*inputs).mean()}, parameters)
         while True:
             batch = pool.draw(self.step)
-            loss = self._loss(batch, seed=self.step)
-            self._update(("matrices", "others"), phase, loss)
+            losses = gradients(batch.latents, batch.tokens, *self._noise(batch.latents, seed=self.step))
+            self._update(("matrices", "others"), phase)
             with torch.no_grad():
                 early = self.phases[self.phase - 1].policy is None  # the average follows faster at the very start
                 kept = min(EMA, (1 + self.step) / (10 + self.step)) if early else EMA
                 torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - kept)
-            losses = {"loss": loss.detach()}
             if (self.step + 1) % VALIDATE_EVERY == 0 or self.step + 1 == phase.steps:
-                losses |= self._validate(validation, phase)
+                losses = {**losses, **self._validate(validation, phase)}
             yield losses
 
     def _samples(self, clips: ClipBatch) -> Samples:
         return Samples(
             self.encode(clips.video).to(torch.bfloat16),
-            clips.cover,
             self.tokens(clips.captions).to(self.device, non_blocking=True),
         )
 
@@ -314,29 +371,29 @@ class Trainer:
             self.fast = bsa_compile.optimize(self.dit, policy, backend=self.backend)
         self.fast.set_policy(policy)
 
-    def _loss(self, batch: Samples, seed: int) -> Tensor:
-        """Flow matching: predict data minus noise.
+    def _noise(self, latents: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Noise like the latents, and a level `[B]`.
 
-        Noise levels are uniform, then shifted: where a shape is, and that there is one, shows in so many latents that
-        it is settled above a level of 0.99, which a logit-normal draw leaves out.
+        Levels are uniform, then shifted: where a shape is, and that there is one, shows in so many latents that it is
+        settled above a level of 0.99, which a logit-normal draw leaves out.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        count = len(batch.latents)
-        level = torch.rand(count, generator=generator, device=self.device)
+        level = torch.rand(len(latents), generator=generator, device=self.device)
         level = parts.SHIFT * level / (1 + (parts.SHIFT - 1) * level)
-        noise = torch.randn(batch.latents.shape, generator=generator, device=self.device)
-        return self._flow_error(batch, noise, level).mean()
+        return torch.randn(latents.shape, generator=generator, device=self.device), level
 
-    def _flow_error(self, batch: Samples, noise: Tensor, level: Tensor) -> Tensor:
-        """Weighted mean squared error of each sample's predicted flow `[B]`."""
-        latents, mix = batch.latents.float(), level.view(-1, 1, 1, 1, 1)
-        ids, mask = batch.tokens.unbind(1)
+    def _flow_error(self, latents: Tensor, tokens: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """Flow matching: mean squared error `[B]` of what is predicted for latents minus noise.
+
+        All latents count the same. If those of the shape counted more, a place where it may be would be predicted as
+        one where it is, and shapes would come out too large.
+        """
+        latents, mix = latents.float(), level.view(-1, 1, 1, 1, 1)
+        ids, mask = tokens.unbind(1)
         with self.autocast():
             text = self.text(ids, mask).last_hidden_state[:, None]
             predicted = self.fast((1 - mix) * latents + mix * noise, 1000 * level, text, mask)
-        weight = 1 + (SHAPE_WEIGHT - 1) * batch.cover.float()[:, None]
-        error = (predicted.float() - (latents - noise)).square() * weight
-        return error.flatten(1).sum(1) / (weight.expand_as(error).flatten(1).sum(1))
+        return (predicted.float() - (latents - noise)).square().flatten(1).mean(1)
 
     def _validate(self, held_out: Samples, phase: Phase) -> dict[str, Tensor]:
         """Loss on clips that training never saw, with both kinds of attention where the phase has the full size."""
@@ -352,7 +409,8 @@ class Trainer:
                     batch = held_out.part(slice(start, start + 8))
                     noise = torch.randn(batch.latents.shape, generator=generator, device=self.device)
                     with torch.no_grad():
-                        errors.append(self._flow_error(batch, noise, torch.full_like(noise[:, 0, 0, 0, 0], level)))
+                        at = torch.full_like(noise[:, 0, 0, 0, 0], level)
+                        errors.append(self._flow_error(batch.latents, batch.tokens, noise, at))
             found[f"validation_{name}"] = torch.cat(errors).mean()
         assert phase.policy is not None
         self._use(phase.policy)

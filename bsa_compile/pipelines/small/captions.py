@@ -44,7 +44,7 @@ MOTIONS: Mapping[str, tuple[str, ...]] = {
 
 BACKGROUNDS = ("grass", "sand", "water", "bricks", "wood", "stone")
 
-SIZES: Mapping[str, tuple[float, float]] = {"small": (0.11, 0.14), "": (0.14, 0.20), "big": (0.20, 0.25)}
+SIZES: Mapping[str, tuple[float, float]] = {"small": (0.14, 0.16), "": (0.19, 0.22), "big": (0.25, 0.28)}
 """Word -> range of the radius, as a share of the short side; the empty word: a caption that says nothing of it."""
 
 _OTHER_WORDS = ("a", "the", "over", "on", "small", "big")
@@ -66,6 +66,11 @@ class Caption:
     motion: str
     background: str
     size: str = ""
+
+    @property
+    def rolls(self) -> bool:
+        """Whether the shape turns while it moves, as the text has it."""
+        return re.search(r"\brolls\b", self.text, re.IGNORECASE) is not None
 
 
 def draw_caption(rng: random.Random) -> Caption:

@@ -22,8 +22,17 @@ PALETTES = {
 }
 """Background -> the two colours between which its texture mixes. Dull, so that no shape's colour is near."""
 
-OFF_CENTRE = 0.15
+OFF_CENTRE = 0.1
 """How far from the middle a shape may be on an axis that it does not move along, as a share of the room there."""
+
+WAY = 0.4
+"""How far a shape moves in a clip, or how high it bounces, as a share of that side of the picture."""
+
+TURN = 1.5 * math.pi
+"""Angle by which a shape that turns or rolls has turned at the end of a clip."""
+
+BOUNCES = 1.5
+"""Bounces in a clip."""
 
 
 def draw_clips(
@@ -97,9 +106,10 @@ def _path(
 ) -> tuple[Tensor, Tensor]:
     """Centres `[T, 2]` (y, x) in pixels and angles `[T]`.
 
-    What no caption tells varies little: shapes start upright, near the middle of the axis they do not move along, spin
-    one way, and bounce from the ground. Were all of that free, noise would have to settle it, and a model of this size
-    settles it halfway: two places become one wide shape, two angles a shape with twice the corners.
+    What no caption tells varies little: shapes start upright, near the middle of the axis they do not move along, all
+    move and turn equally fast, one way round, and bounce from the ground. Were all of that free, noise would have to
+    settle it, and a model of this size settles it halfway: two places become one wide shape, two angles a shape with
+    twice the corners.
     """
 
     def place(side: int) -> float:
@@ -111,23 +121,22 @@ def _path(
     if motion in ("left", "right", "up", "down"):
         side = width if motion in ("left", "right") else height
         room = side - 2 * radius
-        way = rng.uniform(0.65, 0.9) * room
+        way = WAY * side
         start = radius + rng.uniform(0.25, 0.75) * (room - way)
         line = start + way * time
         if motion in ("left", "up"):
             line = side - line
         if motion in ("left", "right"):
             x = line
-            turn = 2 * math.pi * rng.uniform(0.7, 0.9) * time  # a roll
-            turn = turn if motion == "right" else -turn
+            if caption.rolls:
+                turn = (1 if motion == "right" else -1) * TURN * time
         else:
             y = line
     elif motion == "bounce":
-        phase = (time * rng.uniform(1.8, 2.4)) % 1
-        tall = rng.uniform(0.6, 0.9) * (height - 2 * radius)
-        y = height - radius - tall * 4 * phase * (1 - phase)
+        phase = (time * BOUNCES) % 1
+        y = height - radius - WAY * height * 4 * phase * (1 - phase)
     else:
-        turn = 2 * math.pi * rng.uniform(0.6, 1.0) * time
+        turn = TURN * time
     if caption.shape in ROUND:
         turn = torch.zeros_like(turn)
     return torch.stack([y, x], dim=1), turn

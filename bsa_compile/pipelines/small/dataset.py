@@ -6,14 +6,10 @@ import random
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bsa_compile.pipelines.small.captions import draw_caption
 from bsa_compile.pipelines.small.clips import draw_clip
-
-LATENT = 4
-"""Frames, rows and columns of pixels per latent."""
 
 
 class ClipBatch(NamedTuple):
@@ -21,12 +17,10 @@ class ClipBatch(NamedTuple):
 
     Attributes:
         video: `Float32[Tensor, "b 3 t h w"]` in [-1, 1].
-        cover: share of every latent that the shape covers at most, `Float16[Tensor, "b 1+(t-1)/4 h/4 w/4"]`.
         captions: their texts.
     """
 
     video: Tensor
-    cover: Tensor
     captions: list[str]
 
 
@@ -55,18 +49,15 @@ class ClipDataset:
 
     def batch(self, first: int, count: int) -> ClipBatch:
         """Clips `first` to `first + count - 1`."""
-        video, cover, captions = zip(*(self._draw(first + i) for i in range(count)), strict=True)
-        return ClipBatch(torch.stack(video), torch.stack(cover), list(captions))
+        video, captions = zip(*(self._draw(first + i) for i in range(count)), strict=True)
+        return ClipBatch(torch.stack(video), list(captions))
 
-    def _draw(self, index: int) -> tuple[Tensor, Tensor, str]:
+    def _draw(self, index: int) -> tuple[Tensor, str]:
         rng = random.Random(f"{self._name} {index}")
         caption = draw_caption(rng)
         frames = slice(None)
         if self._window is not None:
             start = rng.randrange(self._size[0] - self._window + 1)
             frames = slice(start, start + self._window)
-        video, mask = draw_clip(caption, *self._size, rng, frames=frames, device=self._device)
-        # The first latent holds the first frame alone.
-        mask = torch.cat([mask[:1].expand(LATENT - 1, -1, -1), mask])
-        cover = F.max_pool3d(mask[None], LATENT)[0]
-        return video, cover.half(), caption.text
+        video, _ = draw_clip(caption, *self._size, rng, frames=frames, device=self._device)
+        return video, caption.text
