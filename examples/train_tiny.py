@@ -18,7 +18,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ VALIDATE_EVERY = 250
 VALIDATION_CLIPS = 16
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)  # noise levels at which the validation loss is taken
 WINDOW = 13  # frames of a clip that the autoencoder is shown
-SPARSE = BSAPolicy(sparsity=0.9375)
+DENSE, SPARSE = BSAPolicy.dense(), BSAPolicy(sparsity=0.9375)
 PREPARATION = 80  # seconds until a phase's first step: its pool is filled, its graphs are compiled
 
 
@@ -59,6 +60,7 @@ class Phase:
         rate: learning rate at its start and its end.
         pool: clips to choose from.
         new_clips: clips that take the place of the oldest ones in every step.
+        dense_every: every so many steps one with dense attention, so that what it learned is not lost; 0: none.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Phase:
     rate: tuple[float, float]
     pool: int = 512
     new_clips: int = 2
+    dense_every: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,12 +81,12 @@ class Phase:
 
 PHASES = (
     Phase("autoencoder", 2500, 8, 1.0, None, (2e-3, 1e-5)),
-    Phase("dense small", 3000, 64, 0.5, BSAPolicy.dense(), (2e-3, 1e-3), pool=2048, new_clips=4),
+    Phase("dense small", 3000, 64, 0.5, DENSE, (2e-3, 1e-3), pool=2048, new_clips=4),
     # Long enough to unlearn what small videos teach wrongly: a second shape wherever there is room for one.
-    Phase("dense", 1500, 16, 1.0, BSAPolicy.dense(), (1e-3, 7e-4)),
-    Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5)),
+    Phase("dense", 1500, 16, 1.0, DENSE, (1e-3, 7e-4)),
+    Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5), dense_every=4),
 )
-SMOKE = tuple(Phase(p.name, 3, 2, p.scale / 4, p.policy, p.rate, pool=3, new_clips=1) for p in PHASES)
+SMOKE = tuple(replace(p, steps=3, batch=2, scale=p.scale / 4, pool=3, new_clips=1) for p in PHASES)
 
 
 class Samples(NamedTuple):
@@ -343,14 +346,14 @@ class Trainer:
     def _dit_steps(self, phase: Phase) -> Iterator[dict[str, Tensor]]:
         assert phase.policy is not None
         self.vae.requires_grad_(False)
-        self._use(phase.policy)
         pool = ClipPool(self, phase, self.step)
         parameters = [*self.dit.parameters(), *self.text.parameters()]
         validation = self._samples(self.clips("validation", phase.size).batch(0, VALIDATION_CLIPS))
-        gradients = Gradients(lambda *inputs: {"loss": self._flow_error(*inputs).mean()}, parameters)
+        gradients = {p: Gradients(partial(self._flow_loss, p), parameters) for p in (phase.policy, DENSE)}
         while True:
+            policy = DENSE if phase.dense_every and self.step % phase.dense_every == 0 else phase.policy
             batch = pool.draw(self.step)
-            losses = gradients(batch.latents, batch.tokens, *self._noise(batch.latents, seed=self.step))
+            losses = gradients[policy](batch.latents, batch.tokens, *self._noise(batch.latents, seed=self.step))
             self._update(("matrices", "others"), phase)
             with torch.no_grad():
                 early = self.phases[self.phase - 1].policy is None  # the average follows faster at the very start
@@ -382,6 +385,10 @@ class Trainer:
         level = parts.SHIFT * level / (1 + (parts.SHIFT - 1) * level)
         return torch.randn(latents.shape, generator=generator, device=self.device), level
 
+    def _flow_loss(self, policy: BSAPolicy, *inputs: Tensor) -> dict[str, Tensor]:
+        self._use(policy)
+        return {"loss": self._flow_error(*inputs).mean()}
+
     def _flow_error(self, latents: Tensor, tokens: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """Flow matching: mean squared error `[B]` of what is predicted for latents minus noise.
 
@@ -398,7 +405,7 @@ class Trainer:
     def _validate(self, held_out: Samples, phase: Phase) -> dict[str, Tensor]:
         """Loss on clips that training never saw, with both kinds of attention where the phase has the full size."""
         found = {}
-        for name, policy in {"dense": BSAPolicy.dense(), "block_sparse": SPARSE}.items():
+        for name, policy in {"dense": DENSE, "block_sparse": SPARSE}.items():
             if phase.scale != self.phases[-1].scale and name != "dense":
                 continue
             self._use(policy)
@@ -412,8 +419,6 @@ class Trainer:
                         at = torch.full_like(noise[:, 0, 0, 0, 0], level)
                         errors.append(self._flow_error(batch.latents, batch.tokens, noise, at))
             found[f"validation_{name}"] = torch.cat(errors).mean()
-        assert phase.policy is not None
-        self._use(phase.policy)
         return found
 
     def export(self) -> Path:

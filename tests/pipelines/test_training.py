@@ -68,3 +68,32 @@ def test_training_stops_goes_on_and_exports_a_model(script, few, tmp_path):
     made = pipe("a red ball rolls to the left over grass", height=48, width=56, num_frames=9, num_inference_steps=2)
     assert made.frames.shape == (9, 48, 56, 3)
     assert made.report["stages"][0]["block_sparse_sites"]
+
+
+@pytest.mark.gpu
+def test_recorded_steps_give_the_gradients_of_eager_ones(script):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8, device="cuda")
+    parameters = list(layer.parameters())
+
+    def compute(x):
+        return {"loss": layer(x).square().mean(), "other": x.sum()}
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        first, second = (script.Gradients(compute, parameters) for _ in range(2))
+        for _ in range(script.EAGER_STEPS + 3):
+            for gradients in (first, second):  # in turns: each has gradients of its own
+                x = torch.randn(4, 8, device="cuda")
+                losses = gradients(x)
+                want = torch.autograd.grad(compute(x)["loss"], parameters)
+                torch.testing.assert_close(losses["loss"], compute(x)["loss"])
+                torch.testing.assert_close(losses["other"], x.sum())
+                for parameter, grad in zip(parameters, want, strict=True):
+                    torch.testing.assert_close(parameter.grad, grad)
+                with torch.no_grad():
+                    for parameter in parameters:
+                        parameter -= 0.1 * parameter.grad
+        assert first._graph is not None
+    torch.cuda.synchronize()
