@@ -344,6 +344,7 @@ def main() -> None:
     parser.add_argument("--cdf-threshold", type=float, action="append", help="may be repeated")
     parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument("--backend", default="auto", help="as in optimize; default: inductor where it can compile")
+    parser.add_argument("--mode", help="of torch.compile, for dense and block-sparse alike; default: none")
     parser.add_argument("--option", type=option, action="append", default=[], help="NAME=VALUE for the pipeline's call")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -357,12 +358,13 @@ def main() -> None:
     from bsa_compile.pipelines.longcat import LongCatPipelineConfig
 
     backend, note = common.resolve_backend(args.backend, device)
-    options, config = dict(args.option), LongCatPipelineConfig(compile_backend=backend)
+    options, config = dict(args.option), LongCatPipelineConfig(compile_backend=backend, compile_mode=args.mode)
     subject = small_model(args.folder, device, args.captions, args.caption_seed, config, options)
     data: dict[str, Any] = {
         **results.header("quality", device),
         "model": subject.model,
         "backend": backend,
+        "mode": args.mode,
         "options": options,
         "captions": [caption.text for caption in subject.captions],
         "seeds": list(range(args.seeds)),
@@ -373,7 +375,7 @@ def main() -> None:
         "other_seed": None,
         "policies": [],
     }
-    results.keep_earlier(data, args.json, "policies", ("model", "backend", "options", "captions", "seeds"))
+    results.keep_earlier(data, args.json, "policies", ("model", "backend", "mode", "options", "captions", "seeds"))
     # Whoever names sparsities or thresholds wants no others.
     narrowed = args.sparsity is not None or args.cdf_threshold is not None
     sparsities, thresholds = (args.sparsity or (), args.cdf_threshold or ()) if narrowed else (SPARSITIES, THRESHOLDS)

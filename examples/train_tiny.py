@@ -86,7 +86,7 @@ PHASES = (
     Phase("dense", 1500, 16, 1.0, DENSE, (1e-3, 7e-4)),
     Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5), dense_every=4),
 )
-SMOKE = tuple(replace(p, steps=3, batch=2, scale=p.scale / 4, pool=3, new_clips=1) for p in PHASES)
+SMOKE = tuple(replace(p, steps=4 * (EAGER_STEPS + 2), batch=2, scale=p.scale / 4, pool=3, new_clips=1) for p in PHASES)
 
 
 class Samples(NamedTuple):
