@@ -6,7 +6,7 @@ attention through this package's own backward. Before that the autoencoder. Clip
     python examples/train_tiny.py work --minutes 7     # again and again, until it says that training is complete
 
 Each call goes on from where the last one stopped and stops by itself after `--minutes`. The finished model is written
-to `work/model`, losses to `work/losses.json`. One H100 takes under 20 minutes in all.
+to `work/model`, losses to `work/losses.json`. One H100 takes about 20 minutes in all.
 """
 
 from __future__ import annotations
