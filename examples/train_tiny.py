@@ -38,7 +38,6 @@ NO_TEXT = 0.1  # share of samples without a caption, for guidance
 KL_WEIGHT = 1e-4
 STATISTICS_CLIPS = 48
 EMA = 0.998
-EAGER_STEPS = 3  # before a step is recorded: what is compiled and chosen at first use must be there
 WARM_UP = 100
 VALIDATE_EVERY = 250
 VALIDATION_CLIPS = 16
@@ -86,7 +85,7 @@ PHASES = (
     Phase("dense", 1500, 16, 1.0, DENSE, (1e-3, 7e-4)),
     Phase("block-sparse", 4000, 16, 1.0, SPARSE, (7e-4, 2e-5), dense_every=4),
 )
-SMOKE = tuple(replace(p, steps=4 * (EAGER_STEPS + 2), batch=2, scale=p.scale / 4, pool=3, new_clips=1) for p in PHASES)
+SMOKE = tuple(replace(p, steps=3, batch=2, scale=p.scale / 4, pool=3, new_clips=1) for p in PHASES)
 
 
 class Samples(NamedTuple):
@@ -105,49 +104,15 @@ class Samples(NamedTuple):
         return Samples(*(values[which] for values in self))
 
 
-class Gradients:
-    """Losses and gradients of one step after the other.
+class Losses(nn.Module):
+    """A function that computes losses, with the modules whose parameters they depend on."""
 
-    On a GPU they are recorded as a CUDA graph after a few steps and then replayed: launched one by one, the thousands
-    of small kernels of a step keep the GPU waiting for the CPU.
+    def __init__(self, compute: Callable[..., dict[str, Tensor]], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._compute, self._modules_used = compute, nn.ModuleList(modules)
 
-    Args:
-        compute: losses, the one to be minimised named `loss`, from tensors whose sizes never change.
-        parameters: what `loss` is differentiated by.
-    """
-
-    def __init__(self, compute: Callable[..., dict[str, Tensor]], parameters: Sequence[nn.Parameter]) -> None:
-        self._compute, self._parameters = compute, parameters
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
-        self._losses: dict[str, Tensor] = {}
-        self._gradients: list[Tensor | None] = []
-        self._steps = 0
-
-    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """The losses, valid until the next call; the gradients are in the parameters' `grad`."""
-        self._steps += 1
-        if inputs[0].device.type != "cuda" or self._steps <= EAGER_STEPS:
-            return self._run(inputs)
-        if self._graph is None:
-            self._inputs = tuple(value.clone() for value in inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self._losses = self._run(self._inputs)
-            self._graph, self._gradients = graph, [p.grad for p in self._parameters]
-        for kept, new in zip(self._inputs, inputs, strict=True):
-            kept.copy_(new)
-        self._graph.replay()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        return self._losses
-
-    def _run(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        for parameter in self._parameters:
-            parameter.grad = None
-        losses = self._compute(*inputs)
-        losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return self._compute(*inputs)
 
 
 class Trainer:
@@ -268,17 +233,6 @@ class Trainer:
 
     def run(self, minutes: float) -> bool:
         """Train until the time is up; whether training is complete."""
-        if self.device.type != "cuda":
-            return self._run(minutes)
-        # The default stream cannot be recorded, and autograd sums gradients on the stream it first met them on.
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            complete = self._run(minutes)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return complete
-
-    def _run(self, minutes: float) -> bool:
         first, until = self.phase, time.monotonic() + 60 * minutes
         while self.phase < len(self.phases):
             if self.phase > first and time.monotonic() + PREPARATION > until:
@@ -291,7 +245,11 @@ class Trainer:
                 if self.step % 25 == 0 or self.step == phase.steps:
                     seconds = (time.monotonic() - began) / max(1, self.step - shown)
                     began, shown = time.monotonic(), self.step
-                    entry = {"phase": phase.name, "step": self.step, **{k: float(v) for k, v in losses.items()}}
+                    entry = {
+                        "phase": phase.name,
+                        "step": self.step,
+                        **{k: float(v.detach()) for k, v in losses.items()},
+                    }
                     self.losses.append(entry)
                     if self.step % 100 == 0 or len(entry) > 3 or self.step == phase.steps:
                         print(json.dumps({**entry, "s/step": round(seconds, 4)}), flush=True)
@@ -312,10 +270,26 @@ class Trainer:
         share = self.step / phase.steps
         return min(1.0, (self.step + 1) / WARM_UP) * (low + (high - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def _update(self, names: tuple[str, ...], phase: Phase) -> None:
-        """A step of the optimizers along the gradients."""
+    def recorded(
+        self, compute: Callable[..., dict[str, Tensor]], modules: Sequence[nn.Module], inputs: tuple[Tensor, ...]
+    ) -> Callable[..., Any]:
+        """`compute`, on a GPU replayed as CUDA graphs: launched one by one, its small kernels keep the GPU waiting.
+
+        Args:
+            compute: losses from tensors; they are valid until its next call.
+            modules: whose parameters the losses depend on.
+            inputs: of the first call; those of all others have the same sizes.
+        """
+        if self.device.type != "cuda":
+            return compute
+        return torch.cuda.make_graphed_callables(Losses(compute, modules), inputs, allow_unused_input=True)
+
+    def _update(self, names: tuple[str, ...], phase: Phase, loss: Tensor) -> None:
         optimizers = [self.optimizers[name] for name in names]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         for group in groups:
             group["lr"] = self._rate(phase)
@@ -326,12 +300,14 @@ class Trainer:
         height, width = phase.size
         sizes = [(height, width), (height // 2, width // 2)]  # in turns: both are generated later
         sources = [self.clips(phase.name, size, WINDOW) for size in sizes]
-        parameters = list(self.vae.parameters())
-        gradients = [Gradients(self._reconstruct, parameters) for _ in sizes]
+        recorded: dict[int, Callable[..., Any]] = {}
         while True:
             turn = self.step % len(sizes)
-            losses = gradients[turn](sources[turn].batch(self.step * phase.batch, phase.batch).video)
-            self._update(("vae",), phase)
+            video = sources[turn].batch(self.step * phase.batch, phase.batch).video
+            if turn not in recorded:
+                recorded[turn] = self.recorded(self._reconstruct, [self.vae], (video,))
+            losses = recorded[turn](video)
+            self._update(("vae",), phase, losses["loss"])
             yield losses
 
     def _reconstruct(self, video: Tensor) -> dict[str, Tensor]:
@@ -339,9 +315,10 @@ class Trainer:
         with self.autocast():
             found = self.vae.encode(video).latent_dist
             out = self.vae.decode(found.sample()).sample.float()
+        # Over all axes: `found.kl()` sums over three of the four.
         kl = 0.5 * (found.mean.square() + found.var - 1 - found.logvar).float().mean()
         psnr = -10 * torch.log10((out.detach() - video).square().mean() / 4)
-        return {"loss": (out - video).abs().mean() + KL_WEIGHT * kl, "kl": kl, "psnr": psnr}
+        return {"loss": (out - video).abs().mean() + KL_WEIGHT * kl, "kl": kl.detach(), "psnr": psnr}
 
     def _dit_steps(self, phase: Phase) -> Iterator[dict[str, Tensor]]:
         assert phase.policy is not None
@@ -349,12 +326,15 @@ class Trainer:
         pool = ClipPool(self, phase, self.step)
         parameters = [*self.dit.parameters(), *self.text.parameters()]
         validation = self._samples(self.clips("validation", phase.size).batch(0, VALIDATION_CLIPS))
-        gradients = {p: Gradients(partial(self._flow_loss, p), parameters) for p in (phase.policy, DENSE)}
+        recorded: dict[BSAPolicy, Callable[..., Any]] = {}
         while True:
             policy = DENSE if phase.dense_every and self.step % phase.dense_every == 0 else phase.policy
             batch = pool.draw(self.step)
-            losses = gradients[policy](batch.latents, batch.tokens, *self._noise(batch.latents, seed=self.step))
-            self._update(("matrices", "others"), phase)
+            inputs = (batch.latents, batch.tokens, *self._noise(batch.latents, seed=self.step))
+            if policy not in recorded:
+                recorded[policy] = self.recorded(partial(self._flow_loss, policy), [self.dit, self.text], inputs)
+            losses = recorded[policy](*inputs)
+            self._update(("matrices", "others"), phase, losses["loss"])
             with torch.no_grad():
                 early = self.phases[self.phase - 1].policy is None  # the average follows faster at the very start
                 kept = min(EMA, (1 + self.step) / (10 + self.step)) if early else EMA

@@ -30,7 +30,7 @@ DEFAULTS = GenerationDefaults(
 
 
 def new_dit() -> LongCatVideoTransformer3DModel:
-    """LongCat's architecture, 4.8 million parameters; modulation and head start at zero."""
+    """LongCat's architecture, 5.4 million parameters; modulation and head start at zero."""
     config = LongCatConfig(
         hidden_size=192,
         depth=8,
