@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n auto
 .PHONY: help demo test lint typecheck format clean
 
 help:
-	@echo "make demo       run the main job on the small checkpoint that comes with the project"
+	@echo "make demo       a video of the small model that comes with the project, dense and block-sparse"
 	@echo "make test       run the test suite"
 	@echo "make lint       ruff, make typecheck  mypy, make format  rewrite by ruff"
 
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m bsa_compile demo
+	$(BIN)/python -m bsa_compile compare --output demo_output
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -101,7 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[logged])
 
-    _add_demo(command("demo", "denoise with the tiny checkpoint, dense and block-sparse, and compare"))
     _add_info(command("info", "versions, devices, and which kernels would run"))
     _add_explain(command("explain", "which attention sites of a checkpoint run block-sparse, why, and what it saves"))
     _add_bench(command("bench", "time dense against block-sparse"))
@@ -111,17 +110,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(command("generate", "make a video from a prompt, a picture or a video"))
     _add_compare(command("compare", "make a video dense and block-sparse, side by side, and compare"))
     return parser
-
-
-def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="denoising steps (default: 3)")
-    parser.add_argument("--output", default="demo_output", metavar="DIR", help="default: demo_output")
-    parser.add_argument("--grid", type=triple, metavar="T,H,W", help=f"token grid (default: {GRIDS})")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the noise (default: 0)")
-    _add_criteria(parser)
-    _add_device(parser)
-    _add_backend(parser)
-    _add_json(parser)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +151,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     peers.add_argument("--budget", type=_positive, default=math.inf, metavar="SECONDS", help="begin nothing later")
     peers.add_argument("--plot", metavar="FILE", help="PNG of time against sparsity and tokens")
     peers.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: 0)")
-    model.add_argument("--checkpoint", metavar="DIR", help="default: the tiny checkpoint of the demo")
+    model.add_argument("--checkpoint", metavar="DIR", help="default: a tiny DiT with random weights")
     _add_backend(model)
     model.set_defaults(heads=None, head_dim=None)
 

@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     inputs = common.model_inputs(model, grid, text_tokens=TEXT_TOKENS)
     with console.Progress(2) as progress, torch.no_grad():
         progress("counting operations")
-        model.bsa_enabled = None  # or it would warn that this count runs dense
+        counted = common.meta_model(folder)
+        counted.disable_bsa()  # this count runs dense, and is not to warn of it
         with FlopCounterMode(display=False) as counter:
-            model(**inputs, num_cond_latents=args.cond)
+            counted(**inputs, num_cond_latents=args.cond)
         progress("tracing the attention sites")
         fast = optimize(model, policy, backend="eager")
         with nullcontext() if args.step is None else step(args.step):

@@ -18,19 +18,18 @@ SMALL = ("--grid", "4,6,6")
     [
         ([], "COMMAND"),
         (["frobnicate"], "frobnicate"),
-        (["demo", "--steps", "0"], "integer >= 1"),
-        (["demo", "--steps", "many"], "integer >= 1"),
-        (["demo", "--sparsity", "1.5"], "sparsity must be a number in [0, 1], got 1.5"),
-        (["demo", "--sparsity", "nan"], "sparsity"),
-        (["demo", "--device", "cuda:99"], "--device"),
-        (["demo", "--device", "toaster"], "--device"),
-        (["demo", "--device", "meta"], "--device"),
-        (["demo", "--backend", "nonsense"], "--backend"),
-        (["demo", "--backend", "bsa"], "--backend"),
-        (["demo", *SMALL, "--steps", "1", "--backend", "tvm"], "backend 'tvm' must be installed"),
-        (["demo", "--grid", "100000,100000,100000"], "--grid must hold at most"),
-        (["demo", "--grid", "8,30"], "three positive integers"),
-        (["demo", "--grid", "8,30,-36"], "three positive integers"),
+        (["compare", "--num-inference-steps", "0"], "integer >= 1"),
+        (["compare", "--num-inference-steps", "many"], "integer >= 1"),
+        (["compare", "--sparsity", "1.5"], "sparsity must be a number in [0, 1], got 1.5"),
+        (["compare", "--sparsity", "nan"], "sparsity"),
+        (["compare", "--device", "cuda:99"], "--device"),
+        (["compare", "--device", "toaster"], "--device"),
+        (["compare", "--device", "meta"], "--device"),
+        (["compare", "--backend", "nonsense"], "--backend"),
+        (["compare", "--backend", "bsa"], "--backend"),
+        (["bench", "model", *SMALL, "--backend", "tvm"], "backend 'tvm' must be installed"),
+        (["show", "--grid", "8,30"], "three positive integers"),
+        (["show", "--grid", "8,30,-36"], "three positive integers"),
         (["show", "--cdf-threshold", "0"], "cdf_threshold must be a number in (0, 1]"),
         (["show", "--tile", "0,4,4"], "three positive integers"),
         (["show", "--grid", "100,800,800"], "tile pairs"),
@@ -107,7 +106,7 @@ def test_bad_checkpoint_config(cli, tmp_path):
 
 def test_output_below_a_file(cli, run_dir):
     Path("taken").write_text("mine")
-    result = cli("demo", "--output", "taken/here")
+    result = cli("compare", "--output", "taken/here")
     assert result.status == 2
     assert "is a file" in result.err
     assert Path("taken").read_text() == "mine"

@@ -1,9 +1,11 @@
-"""A folder of the small model, with random weights and at a small size: its defaults, its words, the commands on it."""
+"""The small model: the one that comes with the package; and with random weights at a small size its defaults, its words
+and the commands on it."""
 
 from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from bsa_compile.errors import CheckpointError
 from bsa_compile.pipelines.longcat import LongCatPipeline, LongCatPipelineConfig
 from bsa_compile.pipelines.longcat.defaults import DEFAULTS_NAME, GenerationDefaults
 from bsa_compile.pipelines.longcat.video import read_video
+from bsa_compile.pipelines.small.judge import Verdict, judge
 
 pytest.importorskip("diffusers")
 Image = pytest.importorskip("PIL.Image")
@@ -57,6 +60,28 @@ def test_a_prompt_alone_becomes_a_video(shipped, tmp_path):
     assert report["request"]["guidance_scale"] == 2.0
     assert report["stages"][0]["steps"] == 3
     assert report["stages"][0]["block_sparse_sites"]
+
+
+def test_the_model_in_the_package_makes_what_the_caption_says(tmp_path):
+    caption = "a yellow star moves up over wood"
+    out = tmp_path / "out.gif"
+    assert main(["generate", "--prompt", caption, "--num-inference-steps", "8", "--output", str(out), *CPU]) == 0
+    frames, _ = read_video(out)
+    assert frames.shape == (49, 192, 224, 3)
+    assert judge(frames) == Verdict(colour="yellow", shape="star", motion="up")
+    (stage,) = json.loads(out.with_suffix(".json").read_text())["stages"]
+    assert stage["block_sparse_sites"] == 8
+    assert stage["effective_sparsity"] > 0.9
+
+
+def test_the_model_in_the_package_is_small_and_lies_where_a_wheel_takes_it_from():
+    import bsa_compile
+
+    folder = common.SMALL_MODEL
+    assert folder.parent.parent == Path(bsa_compile.__file__).parent
+    sizes = {path.parent.name: path.stat().st_size for path in folder.rglob("*.safetensors")}
+    assert set(sizes) == {"dit", "text_encoder", "vae"}
+    assert 6e6 < sizes["dit"] < 12e6
 
 
 def test_without_the_model_one_error_says_what_to_do(tmp_path, monkeypatch, capsys):

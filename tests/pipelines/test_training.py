@@ -92,3 +92,33 @@ def test_recorded_losses_have_the_gradients_of_eager_ones(script, few, tmp_path)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, got, strict=True):
                 parameter -= 0.1 * gradient
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_muons(script):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, device="cuda")
+
+    starts = [draw(32, 48), draw(64, 16)]
+    runs = {name: [torch.nn.Parameter(value.clone()) for value in starts] for name in ("eager", "recorded")}
+    options = {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = {name: torch.optim.Muon(parameters, **options) for name, parameters in runs.items()}
+    recorded = None
+    for step in range(6):
+        rate = 0.01 / (1 + step)
+        gradients = [draw(*value.shape) for value in starts]
+        for name, parameters in runs.items():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizers[name].param_groups[0]["lr"] = rate
+            if name == "recorded" and recorded is not None:
+                recorded(rate)
+            else:
+                optimizers[name].step()
+        if recorded is None:
+            recorded = script.RecordedStep(optimizers["recorded"])
+        torch.testing.assert_close(runs["recorded"], runs["eager"], rtol=1e-5, atol=1e-5)
+        moved = [(now - start).abs().max() for now, start in zip(runs["eager"], starts, strict=True)]
+        assert min(moved) > 1e-3  # what is compared is more than where they started

@@ -46,6 +46,18 @@ def test_gif_lasts_as_long_as_the_video(tmp_path, clip):
     assert total == pytest.approx(1000 * len(clip) / 15, abs=10)
 
 
+def test_gif_keeps_colours_and_writes_what_does_not_change_once(tmp_path):
+    frames = np.full((20, 64, 64, 3), (220, 30, 40), np.uint8)
+    frames[:, 20:40, 20:40] = (10, 200, 90)
+    files.write_video(tmp_path / "out.gif", frames, 15)
+    read, _ = files.read_video(tmp_path / "out.gif")
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames).max() <= 2
+    one = tmp_path / "one.gif"
+    files.write_video(one, frames[:1], 15)
+    assert (tmp_path / "out.gif").stat().st_size < 3 * one.stat().st_size
+
+
 def test_what_fails_leaves_the_old_file(tmp_path, clip):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"old")

@@ -16,7 +16,6 @@ from bsa_compile.pipelines.longcat.latents import Frames
 
 FORMATS = (".mp4", ".gif")
 BT709 = 1  # its number in H.264's headers, for colour space, primaries and transfer
-GIF_TICKS = 100  # a GIF counts time in hundredths of a second
 
 
 def check_output(path: str | PathLike[str], name: str = "output") -> Path:
@@ -69,13 +68,33 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
 
 
 def _write_gif(path: Path, frames: Frames, fps: float) -> None:
-    require_extra("PIL", "longcat")
-    from PIL import Image
+    """By FFmpeg's filters: one palette for all frames, so that what does not change need not be written again."""
+    from fractions import Fraction
 
-    images = [Image.fromarray(frame) for frame in frames]
-    ends = [round((i + 1) * GIF_TICKS / fps) for i in range(len(images))]  # rounded times, so that errors do not add up
-    durations = [1000 // GIF_TICKS * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=2)
+    av: Any = require_extra("av", "longcat")
+    rate = Fraction(fps).limit_denominator(1001)
+    height, width = frames.shape[1:3]
+    graph = av.filter.Graph()
+    size = f"video_size={width}x{height}:pix_fmt=rgb24:time_base={1 / rate}:pixel_aspect=1/1"
+    source, copies, sink = graph.add("buffer", size), graph.add("split"), graph.add("buffersink")
+    palette, mapped = graph.add("palettegen"), graph.add("paletteuse")
+    source.link_to(copies)
+    copies.link_to(mapped, 0, 0)
+    copies.link_to(palette, 1, 0)
+    palette.link_to(mapped, 0, 1)
+    mapped.link_to(sink)
+    graph.configure()
+    for number, image in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame.pts, frame.time_base = number, 1 / rate
+        source.push(frame)
+    source.push(None)
+    with av.open(str(path), "w", format="gif") as container:
+        stream = container.add_stream("gif", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
+        for _ in frames:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
 
 
 def read_image(path: str | PathLike[str]) -> Frames:
