@@ -21,6 +21,7 @@ EXIT_CLOSED_PIPE = 141
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PROMPT = "a red ball rolls to the left over grass"
 GRIDS = "12,30,36 on a CPU, 24,44,80 on a GPU"
 
@@ -288,6 +289,11 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         help="inductor, eager or another of torch.compile's (default: inductor if it can run)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="of inductor; reduce-overhead replays CUDA graphs, which small models gain from",
     )
 
 

@@ -146,7 +146,7 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any
     policy = common.chosen_policy(args, common.meta_model(folder))
     model = LongCatVideoTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, device=device)
     inputs = common.model_inputs(model, grid, text_tokens=TEXT_TOKENS)
-    fast = optimize(model, policy, backend=backend)
+    fast = optimize(model, policy, backend=backend, mode=args.mode)
     switches = {"dense": fast.disable_bsa, "block-sparse": fast.enable_bsa}
     times: dict[str, Timing] = {}
     first: dict[str, float] = {}
@@ -163,6 +163,7 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any
         "tokens": grid.num_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": backend,
+        "mode": args.mode,
         "notes": [note] if note else [],
         "policy": policy.to_dict(),
         "first_call_s": first,

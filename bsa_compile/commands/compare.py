@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     common.with_criteria(BSAPolicy(), args)  # refuses what no policy takes; the folder's own is known when it is loaded
     model = common.model_folder(args.model)
     request_for(model, prompt=args.prompt, **options)
-    pipe = LongCatPipeline.from_pretrained(model, LongCatPipelineConfig(compile_backend=backend), device=device)
+    config = LongCatPipelineConfig(compile_backend=backend, compile_mode=args.mode)
+    pipe = LongCatPipeline.from_pretrained(model, config, device=device)
     policy = common.with_criteria(pipe.transformer.checkpoint.policy or BSAPolicy(), args)
     sides = {"dense": BSAPolicy.dense(), "block_sparse": dataclasses.replace(policy, enabled=True)}
     jobs = {name: pipe.prepare(args.prompt, policy=side, **options) for name, side in sides.items()}
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         "prompt": args.prompt,
         "notes": [note] if note else [],
         "backend": backend,
+        "mode": args.mode,
         **compared(dense, sparse),
         "reports": {name: one.report for name, one in made.items()},
     }

@@ -124,6 +124,8 @@ def configured(config: LongCatPipelineConfig, args: argparse.Namespace, backend:
     # `auto` decides only where the configuration's file does not.
     if args.backend != "auto" or args.config is None:
         changes["compile_backend"] = backend
+    if args.mode is not None:
+        changes["compile_mode"] = args.mode
     return dataclasses.replace(config, **changes)
 
 

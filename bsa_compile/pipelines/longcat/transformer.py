@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bsa_compile.adapters import Request, request_of
 from bsa_compile.api import check_policy, optimize
-from bsa_compile.backend import log_enabled
+from bsa_compile.backend import BSABackend, log_enabled
 from bsa_compile.errors import CheckpointError, must
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.attention import KV
@@ -22,6 +23,7 @@ from bsa_compile.pipelines.longcat.prompts import TextEmbeds
 from bsa_compile.policy import BSAPolicy
 
 Cache = dict[int, KV]
+R = TypeVar("R")
 
 
 class PipelineTransformer:
@@ -56,6 +58,8 @@ class PipelineTransformer:
             mesh_timeout=config.mesh_timeout,
         )
         self.forward: Callable[..., Any] = self.model
+        options = {"mode": config.compile_mode, "options": config.compile_options, "dynamic": config.dynamic}
+        self._overwritten = BSABackend(BSAPolicy(), compiler=config.compile_backend, **options).uses_cudagraphs
         self._cache_on_cpu = config.cache_on_cpu
         self._lora_files = dict(loras)
         self._loaded: set[str] = set()
@@ -163,7 +167,7 @@ class PipelineTransformer:
                 num_cond_latents=count,
                 kv_cache_dict=cache,
             )
-        return out if cache is not None else out[:, :, count:]
+        return self._kept(out if cache is not None else out[:, :, count:])
 
     def encode(self, cond: Tensor, text: TextEmbeds) -> Cache:
         """The KV cache of given latents `Float32[Tensor, "1 c t_c h w"]`; the text is not looked at."""
@@ -176,4 +180,8 @@ class PipelineTransformer:
                 skip_crs_attn=True,
                 offload_kv_cache=self._cache_on_cpu,
             )
-        return cache
+        return self._kept(cache)
+
+    def _kept(self, result: R) -> R:
+        """The result of a call, in memory that the next call leaves alone."""
+        return tree_map_only(Tensor, torch.clone, result) if self._overwritten else result
