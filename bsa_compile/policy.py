@@ -12,8 +12,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -125,7 +125,7 @@ class Rule:
     cdf_threshold: float | None = None
     chunk_3d_shape_q: Shape3 | None = None
     chunk_3d_shape_k: Shape3 | None = None
-    name: str = field(default="", compare=False)
+    name: str = ""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -228,6 +228,16 @@ class SitePolicy:
     attend: str
     dense: str | None = None
     detail: str = ""
+
+
+def reachable(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules up to the first that always matches."""
+    found: list[Rule] = []
+    for rule in rules:
+        found.append(rule)
+        if rule.unconditional:
+            break
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +410,7 @@ class BSAPolicy:
                     continue
                 rule = dataclasses.replace(rule, steps=None)
             rules.append(dataclasses.replace(rule, name=rule.name or f"rule {position}"))
-        return dataclasses.replace(self, dense_steps=0, rules=tuple(rules))
+        return dataclasses.replace(self, dense_steps=0, rules=reachable(rules))
 
     # -- JSON and digest ----------------------------------------------------------------------------------------
 
@@ -440,12 +450,8 @@ class BSAPolicy:
             canonical: dict[str, Any] = {"enabled": False}
         else:
             canonical = self.to_dict()
-            rules = []
-            for rule in self.rules:
-                rules.append({k: v for k, v in rule.to_dict().items() if k != "name"})
-                if rule.unconditional:  # no later rule can match
-                    break
-            canonical["rules"] = rules
+            rules = [rule.to_dict() for rule in reachable(self.rules)]
+            canonical["rules"] = [{k: v for k, v in rule.items() if k != "name"} for rule in rules]
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

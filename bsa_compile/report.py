@@ -77,6 +77,11 @@ class Site:
     attend_reason: str = ""
 
     @property
+    def call(self) -> tuple[Any, ...]:
+        """Which attention call, whatever was decided about it."""
+        return self.module, self.role, self.source, self.op, self.batch, self.tokens_q, self.tokens_k
+
+    @property
     def effective_sparsity(self) -> float | None:
         """Fraction of key tiles skipped by the count; None for dense, symbolic or CDF sites, which data decides."""
         if not self.rewritten or self.sparsity is None or self.cdf_threshold is not None or not self._static:
@@ -159,7 +164,7 @@ class Report:
     Attributes:
         policy: the policy's one-line description.
         digest: its digest.
-        sites: one entry per attention call, in the order of execution.
+        sites: one entry per attention call, in the order of execution; more where denoising steps differ.
         notes: what else a user should know, for example a rule that could not match.
         graphs: how many graphs were rewritten or looked at.
     """
@@ -209,8 +214,9 @@ class Report:
     def __str__(self) -> str:
         if not self.graphs:
             return f"bsa_compile report: nothing compiled yet\n  policy: {self.policy}"
+        calls, sparse = ({s.call for s in sites} for sites in (self.sites, self.rewritten))
         lines = [
-            f"bsa_compile report: {len(self.rewritten)} of {len(self.sites)} attention sites block-sparse",
+            f"bsa_compile report: {len(sparse)} of {len(calls)} attention sites block-sparse",
             f"  policy: {self.policy}",
         ]
         for site in self.sites:

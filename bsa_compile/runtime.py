@@ -24,7 +24,7 @@ from .errors import UnsupportedError, UsageError, must
 from .grid import TokenGrid
 from .module_tree import repeated_blocks, with_own_code
 from .plain_errors import plain_errors
-from .policy import BSAPolicy, Rule
+from .policy import BSAPolicy, Rule, reachable
 from .report import Report
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RECOMPILE_LIMIT = 64
 
 _DENSE = BSAPolicy.dense()
-_NO_STEP = "dense_steps and rules with steps did not apply: no bsa_compile.step is active"
+_NO_STEP = "dense_steps and rules with steps did not apply in calls outside bsa_compile.step"
 
 
 def relative_policy(policy: BSAPolicy, prefix: str, names: tuple[str, ...]) -> BSAPolicy:
@@ -61,7 +61,7 @@ def relative_policy(policy: BSAPolicy, prefix: str, names: tuple[str, ...]) -> B
             rules.append(dataclasses.replace(named, module=None))
         else:
             rules.extend(dataclasses.replace(named, module=glob.escape(n)) for n in hits)
-    return dataclasses.replace(policy, rules=tuple(rules))
+    return dataclasses.replace(policy, rules=reachable(rules))
 
 
 _relative_policy = functools.lru_cache(maxsize=4096)(relative_policy)
@@ -264,12 +264,25 @@ class Runtime:
         report = Report(policy=policy.describe(), digest=policy.digest, notes=notes)
         for prefix, *key in self._used.get(policy, {}):
             backend = self._backends[tuple(key)]  # type: ignore[index]
+            # Dynamo gave code to one of those that would compile the same; they differ in what their rules are called.
+            compiled = next((b for b in (backend, *self._backends.values()) if b == backend and b.report.graphs), None)
+            if compiled is None:
+                continue
+            named = dict(zip(_rule_names(compiled.policy), _rule_names(backend.policy), strict=False))
             sites = [
-                dataclasses.replace(s, module=".".join(filter(None, (prefix, s.module)))) for s in backend.report.sites
+                dataclasses.replace(
+                    site,
+                    module=".".join(filter(None, (prefix, site.module))),
+                    detail=named.get(site.detail, site.detail),
+                )
+                for site in compiled.report.sites
             ]
-            if backend.report.graphs:
-                report.add(sites, backend.report.notes)
+            report.add(sites, compiled.report.notes)
         return report
+
+
+def _rule_names(policy: BSAPolicy) -> list[str]:
+    return [rule.name or f"rule {position}" for position, rule in enumerate(reachable(policy.rules))]
 
 
 class _Memory:

@@ -45,7 +45,8 @@ class Watch:
         self._board, self._end = board, end
         self._moves, self._inside, self._backward = 0, False, False
         self._moved = time.monotonic()
-        self._seen: dict[int, tuple[str, float]] = {}
+        # A rank that never shows anything counts as seen now: it may be lost before its first beat.
+        self._seen = {rank: ("", self._moved) for rank in board.ranks if rank != board.rank}
         self._beats = 0
         self._spoke = False
         self._stop = threading.Event()
@@ -84,7 +85,7 @@ class Watch:
 
     def lost(self) -> list[int]:
         """Ranks that gave no sign of life for a few beats, after waiting for one; none where all is said already."""
-        time.sleep(4 * self._pause)
+        time.sleep(6 * self._pause)  # its last beat may be seen late
         if self._spoke:
             return []
         now = time.monotonic()
@@ -107,9 +108,9 @@ class Watch:
         self._beats += 1
         self._board.show("beat", f"{self._beats} {self._moves} {_place()}")
         now = time.monotonic()
-        for rank in self._board.ranks:
+        for rank, (seen, _) in self._seen.items():
             text = self._board.look("beat", rank)
-            if rank != self._board.rank and text is not None and self._seen.get(rank, ("", 0.0))[0] != text:
+            if text is not None and text != seen:
                 self._seen[rank] = (text, now)
         timeout = self._board.timeout
         # A pass that an error ended has not told its end, so that is looked at, not believed.

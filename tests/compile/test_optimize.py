@@ -289,13 +289,35 @@ def test_steps_choose_the_policy_of_the_step(longcat):
                 with bsa_compile.step(index, 5):
                     fast(*inputs)
         assert compiles.count == 0
-        assert not any("no bsa_compile.step" in n for n in fast.report.notes)
+        assert not any("outside bsa_compile.step" in n for n in fast.report.notes)
         assert relative_error(fast(*inputs), run_reference(longcat, POLICY, *inputs)) < 1e-5
-    assert any("no bsa_compile.step" in n for n in fast.report.notes)
+    assert any("outside bsa_compile.step" in n for n in fast.report.notes)
     fast.set_policy(POLICY)  # of which that is not true
     with torch.no_grad():
         fast(*inputs)
     assert fast.report.notes == []
+
+
+def test_a_report_tells_every_site_and_its_own_reason_at_every_step(longcat):
+    rule = bsa_compile.Rule(module="blocks.0.*", dense=True)
+    policy = BSAPolicy(**{**POLICY.to_dict(), "dense_steps": 2, "rules": [rule]})
+    first, second = "the first 2 steps are dense", "rule 0"
+
+    def told(fast):
+        return {(s.module, s.detail if s.reason == "rule" else s.reason) for s in fast.report.sites if s.role == "self"}
+
+    fast, inputs = bsa_compile.optimize(longcat, policy, backend="eager"), make_inputs()
+    with torch.no_grad():
+        with bsa_compile.step(0, 5):
+            fast(*inputs)
+        assert told(fast) == {("blocks.0.attn", first), ("blocks.1.attn", first)}
+        assert "0 of 4 attention sites" in str(fast.report)
+        with bsa_compile.step(2, 5), CountCompiles() as compiles:
+            fast(*inputs)
+    assert compiles.count == 1  # dense code is there already, whatever the reason for it is called
+    later = {("blocks.0.attn", second), ("blocks.1.attn", "rewritten")}
+    assert told(fast) == {("blocks.0.attn", first), ("blocks.1.attn", first)} | later
+    assert "1 of 4 attention sites" in str(fast.report)
 
 
 def test_a_report_does_not_deny_the_step_that_is_active(longcat):

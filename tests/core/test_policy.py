@@ -175,7 +175,7 @@ def test_recommended_parameters_by_resolution(height, width, frames, sparsity, c
 @pytest.mark.parametrize("name", ["resolution", "steps"])
 def test_a_bound_of_zero_is_kept_and_one_meaning_has_one_spelling(name):
     everything = Rule(**{name: (0, None)}, sparsity=0.5)
-    assert dataclasses.replace(everything, name="again") == everything
+    assert dataclasses.replace(everything, name="again") != everything  # reports tell them apart, digests do not
     assert Rule.from_dict(everything.to_dict()) == everything
     assert Rule(**{name: (0, 3)}, sparsity=0.5) == Rule(**{name: (None, 3)}, sparsity=0.5)
     assert everything.matches("", "self", 0, Step(0))
