@@ -212,7 +212,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_size(parser)
     _add_sampling(parser)
     add("--refine", action="store_true", help="make a smaller video and refine it, block-sparse")
-    add("--refine-steps", type=_positive, metavar="N", help="schedule whose part below 0.5 runs (default: 50)")
+    add("--refine-steps", type=_positive, metavar="N", help="schedule whose part below 0.5 runs (default: the model's)")
     add("--distill", action="store_true", help="the distilled model: few steps, no guidance")
     add("--fps", type=_positive, metavar="N", help="15 (default), or with --refine 30: refine in time as well")
     add("--num-segments", type=_positive, metavar="N", help="continue the video N - 1 times (default: 1)")

@@ -13,7 +13,7 @@ from .errors import UsageError, must
 
 
 def check_writable(path: str | os.PathLike[str], name: str = "output") -> Path:
-    """Say now, before long work, whether a file can be written there later; nothing is created.
+    """Say now, before long work, whether a file can be written there later; nothing is left behind.
 
     Args:
         path: the file; folders above it may be missing.
@@ -30,9 +30,12 @@ def check_writable(path: str | os.PathLike[str], name: str = "output") -> Path:
         above = above.parent
     if not above.is_dir():
         raise UsageError(must(name, "lie in a folder", f"{str(path)!r}, where {str(above)!r} is a file"))
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError(must(name, "lie in a folder that can be written", repr(str(path))))
-    return path
+    try:
+        with tempfile.TemporaryFile(dir=above):  # permissions alone do not tell of all that can be in the way
+            return path
+    except OSError as exc:
+        got = f"{str(path)!r} ({exc.strerror})"
+        raise UsageError(must(name, "lie in a folder that can be written", got)) from None
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -22,7 +22,7 @@ from bsa_compile.pipelines.longcat import GenerationResult, LongCatPipeline, Lon
 from bsa_compile.pipelines.longcat.pipeline import Job
 from bsa_compile.pipelines.longcat.policies import as_argument
 from bsa_compile.pipelines.longcat.request import BASE_FPS, COND_FRAMES, request_for
-from bsa_compile.pipelines.longcat.resume import clear_folder
+from bsa_compile.pipelines.longcat.resume import clear_folder, kept_files
 from bsa_compile.pipelines.longcat.video import check_output, read_image, read_video
 from bsa_compile.policy import BSAPolicy
 
@@ -49,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, load the model, run it, and write the video and its report."""
     output = check_output(args.output, "--output")
     report_path = check_writable(output.with_suffix(".json"), "--output")
+    checkpoint = output.with_name(f"{output.name}.checkpoint")
+    if not args.resume and kept_files(checkpoint):
+        todo = "Add --resume to go on, or delete it to begin anew."
+        raise UsageError(must(str(checkpoint), "be resumed or deleted", "an interrupted run's steps in it", todo))
     device = common.resolve_device(args.device)
     backend, note = common.resolve_backend(args.backend, device)
     config = LongCatPipelineConfig() if args.config is None else LongCatPipelineConfig.from_file(args.config)
@@ -73,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
         job = pipe.prepare(args.prompt, policy=policy, **given, **options)
         if speaks:
-            return _make(pipe, job, args, output, report_path, note)
-        checkpoint = output.with_name(f"{output.name}.checkpoint")
+            return _make(pipe, job, args, output, report_path, checkpoint, note)
         pipe.run(job, checkpoint=checkpoint, resume=args.resume, keep_checkpoint=True, progress=lambda _: None)
         return 0
 
@@ -92,12 +95,17 @@ def _processes(device: torch.device, config: LongCatPipelineConfig) -> Iterator[
 
 
 def _make(
-    pipe: LongCatPipeline, job: Job, args: argparse.Namespace, output: Path, report_path: Path, note: str | None
+    pipe: LongCatPipeline,
+    job: Job,
+    args: argparse.Namespace,
+    output: Path,
+    report_path: Path,
+    checkpoint: Path,
+    note: str | None,
 ) -> int:
     """Run a prepared job, and write its video and report."""
     if not args.json:
         print("\n".join([*job.describe(), *([note] if note else [])]), flush=True)
-    checkpoint = output.with_name(f"{output.name}.checkpoint")
     if args.log_level is None:
         logging.getLogger("bsa_compile").setLevel(logging.INFO)  # from here on: what each stage runs
     try:

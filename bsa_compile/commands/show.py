@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Select tiles for random or a model's queries and keys, and draw them."""
     require_extra("matplotlib", "viz")
     output = check_writable(args.output, "--output")
+    if output.suffix.lower() != ".png":
+        raise UsageError(must("--output", "end in .png", repr(args.output)))
     device = common.resolve_device(args.device)
     grid = common.check_grid(args.grid)
     with console.Progress(2) as progress:

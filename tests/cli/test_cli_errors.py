@@ -43,6 +43,7 @@ SMALL = ("--grid", "4,6,6")
         (["show", "--checkpoint", TINY_CHECKPOINT, "--block", "2"], "--block must lie in 0..1"),
         (["show", "--checkpoint", "nowhere"], "'nowhere'"),
         (["show", "--output", "."], "--output must be a file"),
+        (["show", "--output", "mask.jpg"], "--output must end in .png"),
         (["explain", TINY_CHECKPOINT], "--grid"),
         (["explain", TINY_CHECKPOINT, *SMALL, "--cond", "5"], "--cond must lie in 0..4"),
         (["explain", TINY_CHECKPOINT, *SMALL, "--policy", "nowhere.json"], "nowhere.json"),

@@ -56,6 +56,12 @@ def test_check_writable(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that permits writing and refuses it")
+def test_check_writable_tries_it():
+    with pytest.raises(UsageError, match="can be written"):
+        files.check_writable("/proc/x.png")
+
+
 def test_timing():
     calls = []
     result = timing.measure(lambda: calls.append(1), torch.device("cpu"), repeats=3, warmup=2)

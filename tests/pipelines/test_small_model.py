@@ -98,6 +98,39 @@ def test_what_a_call_says_goes_over_the_defaults(pipe):
     assert (asked.num_inference_steps, asked.guidance_scale) == (5, 2.0)
 
 
+def test_what_has_no_effect_is_said_once(shipped, tmp_path, capsys, caplog):
+    extra = [
+        "--negative-prompt",
+        "a blue star",
+        "--guidance-scale",
+        "1",
+        "--refine-steps",
+        "9",
+        "--num-cond-frames",
+        "5",
+    ]
+    out = tmp_path / "out.gif"
+    with caplog.at_level(logging.WARNING, logger="bsa_compile"):
+        assert main(["generate", "--prompt", "a red ball", "--output", str(out), *extra, *CPU]) == 0
+    said = [r.message for r in caplog.records if "no effect" in r.message]
+    assert said == [
+        "negative_prompt has no effect without guidance",
+        "refine_steps has no effect without refine",
+        "num_cond_frames has no effect without a continuation",
+    ]
+
+
+def test_the_steps_of_an_interrupted_run_are_not_discarded_unasked(shipped, tmp_path, capsys):
+    out = tmp_path / "out.gif"
+    kept = tmp_path / "out.gif.checkpoint" / "latents.safetensors"
+    kept.parent.mkdir()
+    kept.write_bytes(b"steps")
+    assert main(["generate", "--prompt", "a red ball", "--output", str(out), *CPU]) == 2
+    assert "Add --resume to go on, or delete it" in capsys.readouterr().err
+    assert kept.read_bytes() == b"steps"
+    assert not out.exists()
+
+
 def test_a_picture_keeps_its_shape_at_the_defaults_area(pipe):
     wide = pipe.prepare("a red ball", task="i2v", image=Image.new("RGB", (200, 100))).request
     assert wide.width == pytest.approx(2 * wide.height, rel=0.2)

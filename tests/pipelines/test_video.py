@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +14,7 @@ from bsa_compile.errors import UsageError
 from bsa_compile.pipelines.longcat import video as files
 
 Image = pytest.importorskip("PIL.Image")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -33,6 +39,24 @@ def test_mp4_is_h264_with_frames_and_colours_kept(tmp_path, clip, fps):
     assert frames.shape == clip.shape
     assert np.abs(frames.astype(int) - clip).mean() < 6
     assert [p.name for p in path.parent.iterdir()] == ["out.mp4"]
+
+
+def test_the_same_frames_give_the_same_file_whatever_memory_held_before(tmp_path):
+    code = (
+        "import sys, numpy as np\n"
+        "from bsa_compile.pipelines.longcat.video import write_video\n"
+        "y, x = np.mgrid[:96, :112]\n"
+        "disc = lambda t: 40 * ((x - 30 - t) ** 2 + (y - 48) ** 2 < 400)\n"
+        "frames = [(x + 3 * t) * (y // 8 + 1) + disc(t) for t in range(30)]\n"
+        "write_video(sys.argv[1], np.stack([np.stack([f % 256] * 3, -1) for f in frames]).astype(np.uint8), 15)\n"
+    )
+    written = []
+    for filling in ("0", "85"):  # glibc fills memory that is allocated with it
+        path = tmp_path / f"{filling}.mp4"
+        command = [sys.executable, "-c", code, str(path)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": filling}, check=True, timeout=120)
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
 
 
 def test_gif_lasts_as_long_as_the_video(tmp_path, clip):

@@ -112,7 +112,8 @@ def check_folder(folder: str | Path, loras: Iterable[str] = ()) -> Path:
     if not folder.is_dir():
         raise CheckpointError(must("model", "be LongCat-Video's folder", f"no folder {str(folder)!r}"))
     if missing := missing_pieces(folder, loras):
-        todo = "Give LongCat-Video's whole folder."
+        todo = "Give LongCat-Video's whole folder"
+        todo += "; the small model has no LoRAs to refine and distill with." if loras else "."
         raise CheckpointError(must(f"{folder}", "hold all parts of the model", f"none of {', '.join(missing)}", todo))
     return folder
 

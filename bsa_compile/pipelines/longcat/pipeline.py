@@ -220,6 +220,8 @@ class LongCatPipeline:
             task=task,
             **options,
         )
+        for line in request.without_effect(made, {"negative_prompt": negative_prompt, **options}):
+            log.warning(line)
         self.transformer.check_loras(made.loras)
         if task == "continuation" and given is not None:
             tail(given, video_fps, request.BASE_FPS, made.num_cond_frames)  # refuses a video that is too short

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from bsa_compile.errors import UsageError, must
 from bsa_compile.pipelines.longcat import sizes
 from bsa_compile.pipelines.longcat.defaults import GenerationDefaults
 from bsa_compile.pipelines.longcat.loading import DISTILL_LORA, REFINE_LORA, check_folder, vae_factors
-
-log = logging.getLogger("bsa_compile")
 
 TASKS = ("t2v", "i2v", "continuation")
 BASE_FPS, FULL_FPS = 15, 30
@@ -159,7 +157,7 @@ def make_request(
     distill: bool = False,
     fps: int | None = None,
     num_segments: int = 1,
-    num_cond_frames: int = COND_FRAMES,
+    num_cond_frames: int | None = None,
 ) -> GenerationRequest:
     """Validate a call and fill in what it leaves open.
 
@@ -183,6 +181,7 @@ def make_request(
         if not isinstance(flag, bool):
             raise UsageError(must(name, "be True or False", repr(flag)))
     num_frames = defaults.num_frames if num_frames is None else num_frames
+    num_cond_frames = COND_FRAMES if num_cond_frames is None else num_cond_frames
     refine_steps = defaults.refine_steps if refine_steps is None else refine_steps
     default_steps = defaults.distilled_steps if distill else defaults.num_inference_steps
     steps = default_steps if num_inference_steps is None else num_inference_steps
@@ -209,8 +208,6 @@ def make_request(
         raise UsageError(must("guidance_scale", "be a finite number", repr(guidance)))
     if guidance < 0:
         raise UsageError(must("guidance_scale", "be at least 0", guidance))
-    if guidance <= 1 and negative_prompt:
-        log.warning("negative_prompt has no effect without guidance")
     fps = BASE_FPS if fps is None else fps
     if fps not in ((BASE_FPS, FULL_FPS) if refine else (BASE_FPS,)):
         want = f"be {BASE_FPS} or {FULL_FPS}" if refine else f"be {BASE_FPS}"
@@ -237,6 +234,21 @@ def make_request(
         num_segments=num_segments,
         num_cond_frames=num_cond_frames,
     )
+
+
+def without_effect(asked: GenerationRequest, options: Mapping[str, Any]) -> list[str]:
+    """What was given and changes nothing, and why; for the log.
+
+    Args:
+        asked: made of the options.
+        options: as given to `make_request`.
+    """
+    idle = {
+        "negative_prompt": (not asked.guided, "without guidance"),
+        "refine_steps": (not asked.refine, "without refine"),
+        "num_cond_frames": (asked.task != "continuation" and asked.num_segments == 1, "without a continuation"),
+    }
+    return [f"{name} has no effect {why}" for name, (is_so, why) in idle.items() if is_so and options.get(name)]
 
 
 def _integer(name: str, value: Any, low: int) -> int:

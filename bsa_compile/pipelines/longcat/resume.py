@@ -46,7 +46,7 @@ class JobFolder:
         self._job = json.loads(json.dumps(job))  # as it will be read
         self._writes = writes
         if resume:
-            for path in self._files():
+            for path in kept_files(self.folder):
                 self._check(path)
         else:
             self.clear()
@@ -54,7 +54,7 @@ class JobFolder:
     @property
     def found(self) -> bool:
         """Whether there is anything to continue from."""
-        return bool(self._files())
+        return bool(kept_files(self.folder))
 
     def frames(self, stage: int) -> Frames | None:
         """Frames of a finished stage, or None."""
@@ -87,9 +87,6 @@ class JobFolder:
         if self._writes:
             clear_folder(self.folder)
 
-    def _files(self) -> list[Path]:
-        return _files(self.folder)
-
     def _check(self, path: Path) -> None:
         with _opened(path) as file:
             text = (file.metadata() or {}).get("job")
@@ -116,7 +113,7 @@ def clear_folder(folder: Path) -> None:
     """Remove what a `JobFolder` wrote, and the folder if nothing else is in it."""
     if not folder.is_dir():
         return
-    for path in [*_files(folder), folder / JOB]:
+    for path in [*kept_files(folder), folder / JOB]:
         path.unlink(missing_ok=True)
     for name in (LATENTS, "stage-*.safetensors", JOB):  # left by a kill while a file was being written
         for left in folder.glob(f".{name}.*.tmp"):
@@ -125,7 +122,8 @@ def clear_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def _files(folder: Path) -> list[Path]:
+def kept_files(folder: Path) -> list[Path]:
+    """Finished stages and latents of a stage under way that a `JobFolder` wrote."""
     return [*sorted(folder.glob("stage-*.safetensors")), *folder.glob(LATENTS)]
 
 

@@ -57,7 +57,8 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "17", "preset": "medium"}
+        # Without mbtree: with it x264 reads memory that it never wrote, and the same frames give other files.
+        stream.options = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
         for image in frames:
