@@ -58,8 +58,9 @@ class PipelineTransformer:
             mesh_timeout=config.mesh_timeout,
         )
         self.forward: Callable[..., Any] = self.model
-        options = {"mode": config.compile_mode, "options": config.compile_options, "dynamic": config.dynamic}
-        self._overwritten = BSABackend(BSAPolicy(), compiler=config.compile_backend, **options).uses_cudagraphs
+        self._overwritten = BSABackend(
+            BSAPolicy(), compiler=config.compile_backend, mode=config.compile_mode, options=config.compile_options
+        ).uses_cudagraphs
         self._cache_on_cpu = config.cache_on_cpu
         self._lora_files = dict(loras)
         self._loaded: set[str] = set()
