@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -50,3 +53,17 @@ def set_submodule(module: torch.nn.Module, target: str, value: torch.nn.Module) 
         set_submodule(shallow, rest, value)
         value = shallow
     module._modules[first] = value
+
+
+def with_module(program: torch.export.ExportedProgram, module: fx.GraphModule) -> torch.export.ExportedProgram:
+    """The program with another graph module, whose inputs and outputs bear the same names."""
+    with no_copy_warnings():
+        return program._update(module, program.graph_signature)
+
+
+@contextmanager
+def no_copy_warnings() -> Iterator[None]:
+    """Without what torch 2.13 warns of when it copies programs of its own, in the block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield

@@ -14,6 +14,7 @@ from ..policy import BSAPolicy, Step
 from ..report import Report
 from . import lint
 from .build import Builder
+from .copying import with_module
 from .decide import Decider, Decision, given_grids
 from .grids import Grids
 from .modulepath import fake_mode
@@ -130,8 +131,7 @@ class BlockSparseAttention:
         signature = program.graph_signature
         weights = frozenset({*signature.inputs_to_parameters, *signature.inputs_to_buffers})
         module, report = self._run(program.graph_module, weights)
-        # Outputs keep their names, so the signature holds for the new graph too.
-        return program if module is program.graph_module else program._update(module, signature), report
+        return program if module is program.graph_module else with_module(program, module), report
 
     def _run(self, module: fx.GraphModule, weights: frozenset[str]) -> tuple[fx.GraphModule, Report]:
         mode = fake_mode(module)

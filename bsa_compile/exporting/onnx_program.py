@@ -16,6 +16,7 @@ from torch import fx, nn
 from ..errors import BSACompileError, ExportError, UsageError, must, one_line, require_extra
 from ..files import check_writable
 from ..grid import TokenGrid
+from ..passes.copying import no_copy_warnings, with_module
 from ..policy import BSAPolicy
 from ..report import Report
 from . import onnx_files, onnx_function
@@ -83,7 +84,7 @@ def with_nodes(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
         _replace(graph, node)
     graph.eliminate_dead_code()
     module.recompile()
-    return program._update(module, program.graph_signature)
+    return with_module(program, module)
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
@@ -154,7 +155,7 @@ def _to_onnx(
     output_names: Sequence[str] | None,
 ) -> Any:
     try:
-        with _quiet():
+        with _quiet(), no_copy_warnings():
             made = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -81,6 +81,7 @@ def test_computes_what_torch_computes(model, tmp_path, name, criterion, opset):
     compare(model, POLICIES[criterion], name, opset, tmp_path / "model.onnx")
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # torch's, of how it copies programs
 @torch.no_grad()
 def test_any_batch_and_the_report_in_the_file(model, tmp_path):
     args, _ = call(model, "plain")
