@@ -293,7 +293,7 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        help="of inductor; reduce-overhead replays CUDA graphs, which small models gain from",
+        help="of inductor; reduce-overhead replays CUDA graphs (default: none)",
     )
 
 

@@ -79,7 +79,17 @@ class Site:
     @property
     def call(self) -> tuple[Any, ...]:
         """Which attention call, whatever was decided about it."""
-        return self.module, self.role, self.source, self.op, self.batch, self.tokens_q, self.tokens_k
+        return (
+            self.module,
+            self.role,
+            self.source,
+            self.op,
+            self.batch,
+            self.tokens_q,
+            self.tokens_k,
+            self.grid_q,
+            self.grid_k,
+        )
 
     @property
     def effective_sparsity(self) -> float | None:

@@ -149,6 +149,11 @@ class Runtime:
             block.forward = functools.partial(self._call_block, prefix, names, method)  # type: ignore[method-assign]
 
     @property
+    def uses_cudagraphs(self) -> bool:
+        """Whether the next call overwrites the results of this one."""
+        return BSABackend(self.policy, **self._backend_options).uses_cudagraphs
+
+    @property
     def in_force(self) -> BSAPolicy:
         """The policy that the next call runs under, whatever the denoising step."""
         return _DENSE if self.off or not self.policy.enabled else self.policy
@@ -264,20 +269,20 @@ class Runtime:
         report = Report(policy=policy.describe(), digest=policy.digest, notes=notes)
         for prefix, *key in self._used.get(policy, {}):
             backend = self._backends[tuple(key)]  # type: ignore[index]
-            # Dynamo gave code to one of those that would compile the same; they differ in what their rules are called.
-            compiled = next((b for b in (backend, *self._backends.values()) if b == backend and b.report.graphs), None)
-            if compiled is None:
-                continue
-            named = dict(zip(_rule_names(compiled.policy), _rule_names(backend.policy), strict=False))
-            sites = [
-                dataclasses.replace(
-                    site,
-                    module=".".join(filter(None, (prefix, site.module))),
-                    detail=named.get(site.detail, site.detail),
-                )
-                for site in compiled.report.sites
-            ]
-            report.add(sites, compiled.report.notes)
+            # Dynamo shares code among backends that would compile the same; they differ in what their rules are called.
+            for compiled in self._backends.values():
+                if compiled != backend or not compiled.report.graphs:
+                    continue
+                named = dict(zip(_rule_names(compiled.policy), _rule_names(backend.policy), strict=False))
+                sites = [
+                    dataclasses.replace(
+                        site,
+                        module=".".join(filter(None, (prefix, site.module))),
+                        detail=named.get(site.detail, site.detail),
+                    )
+                    for site in compiled.report.sites
+                ]
+                report.add(sites, compiled.report.notes)
         return report
 
 

@@ -327,18 +327,16 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        rate = self._rate(phase)
         for group in groups:
-            group["lr"] = self._rate(phase)
+            group["lr"] = rate
         for name, optimizer in optimizers.items():
-            self._step(name, optimizer, self._rate(phase))
-
-    def _step(self, name: str, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        if name == "matrices" and self._muon is not None:
-            self._muon(rate)
-            return
-        optimizer.step()
-        if name == "matrices" and self.device.type == "cuda":
-            self._muon = RecordedStep(optimizer)
+            if name == "matrices" and self._muon is not None:
+                self._muon(rate)
+                continue
+            optimizer.step()
+            if name == "matrices" and self.device.type == "cuda":
+                self._muon = RecordedStep(optimizer)
 
     def _autoencoder_steps(self, phase: Phase) -> Iterator[dict[str, Tensor]]:
         height, width = phase.size

@@ -320,6 +320,20 @@ def test_a_report_tells_every_site_and_its_own_reason_at_every_step(longcat):
     assert "1 of 4 attention sites" in str(fast.report)
 
 
+def test_a_report_tells_of_code_that_another_step_compiled(longcat):
+    rules = [bsa_compile.Rule(dense=True, steps=(i, i + 1), name=f"step {i}") for i in range(2)]
+    policy = BSAPolicy(**{**POLICY.to_dict(), "rules": rules})
+    fast = bsa_compile.optimize(longcat, policy, backend="eager", dynamic=False)
+    small, large = make_inputs(), make_inputs((4, 6, 12))
+    with torch.no_grad():
+        for index, inputs in ((0, small), (1, large), (1, small)):  # the last runs what step 0 compiled
+            with bsa_compile.step(index, 5):
+                fast(*inputs)
+    told = {(s.module, s.grid_q, s.detail) for s in fast.report.sites if s.role == "self"}
+    assert {(f"blocks.{i}.attn", (4, 6, 10), f"step {step}") for i in range(2) for step in range(2)} <= told
+    assert {(f"blocks.{i}.attn", (4, 6, 12), "step 1") for i in range(2)} <= told
+
+
 def test_a_report_does_not_deny_the_step_that_is_active(longcat):
     fast = torch.compile(longcat, backend="bsa", options={"policy": BSAPolicy(dense_steps=2), "compiler": "eager"})
     with torch.no_grad(), bsa_compile.step(0, 5):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from bsa_compile.adapters import Request, request_of
 from bsa_compile.api import check_policy, optimize
-from bsa_compile.backend import BSABackend, log_enabled
+from bsa_compile.backend import log_enabled
 from bsa_compile.errors import CheckpointError, must
 from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
 from bsa_compile.models.longcat.attention import KV
@@ -58,9 +58,7 @@ class PipelineTransformer:
             mesh_timeout=config.mesh_timeout,
         )
         self.forward: Callable[..., Any] = self.model
-        self._overwritten = BSABackend(
-            BSAPolicy(), compiler=config.compile_backend, mode=config.compile_mode, options=config.compile_options
-        ).uses_cudagraphs
+        self._overwritten = self.model._bsa_runtime.uses_cudagraphs
         self._cache_on_cpu = config.cache_on_cpu
         self._lora_files = dict(loras)
         self._loaded: set[str] = set()
