@@ -1,17 +1,21 @@
-"""A step of the LongCat DiT on one GPU and on several, block-sparse and compiled: times, and peak memory with FSDP2.
+"""A step of the LongCat DiT on one GPU and on several, block-sparse and compiled: times, memory with FSDP2, overlap.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --json parallel.json
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --mesh ring --depth 8 --grid 24,44,80
 
 Full width (hidden 4096, 32 heads of 128), random weights, bf16. Every rank first runs the model by itself, all at once;
 then they share each call. "attention" is the self-attention of one block on inputs with the structure of video, from
-q, k, v of a rank's tokens to its output. Peak memory is all that a rank allocates, weights included.
+q, k, v of a rank's tokens to its output. Times are medians, the slowest rank's. Peak memory is all that a rank
+allocates, weights included, the largest rank's. What of the communication passes behind computation is read from a
+profiler's trace of one more call on rank 0.
+
+The JSON is written after every grid. Grids that the file holds already from the same device, versions and settings
+stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,83 +31,75 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
 import bsa_compile
+from bsa_compile.backend import bsa
+from bsa_compile.benchmarking import overlap, results
+from bsa_compile.benchmarking.dit import TEXT_TOKENS, random_inputs, random_model
 from bsa_compile.cli import triple
-from bsa_compile.models.longcat import LongCatVideoTransformer3DModel
+from bsa_compile.commands import console
+from bsa_compile.errors import BSACompileError, UsageError, must
+from bsa_compile.files import check_writable
 from bsa_compile.parallel import shard_weights
 from bsa_compile.parallel.mesh import resolve, tile_units
 from bsa_compile.parallel.plan import Plan, overlapping_groups
 from bsa_compile.parallel.split import FrameSplit
 from bsa_compile.structured import structured_qkv
+from bsa_compile.timing import timed
 
 GRIDS = ((24, 44, 80), (48, 44, 80))
-HEADS, WIDTH, TEXT_TOKENS = 32, 128, 512
+HEADS, WIDTH = 32, 128
+GIB = 2**30
 Grid = tuple[int, int, int]
 
 
-def measure(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+def measure(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
     """Median time of a call on the device, the slowest rank's, and peak memory of the largest."""
     call()  # compiles
     call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
     for _ in range(repeats):
         dist.barrier()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    found = torch.tensor([statistics.median(times), torch.cuda.max_memory_allocated() / 2**30], device="cuda")
-    dist.all_reduce(found, "max")
-    return {"ms": float(found[0]), "peak_gib": float(found[1])}
+        seconds.append(timed(call, device)[0])
+    found = torch.tensor([statistics.median(seconds), torch.cuda.max_memory_allocated(device) / GIB], device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return {"median_s": float(found[0]), "peak_gib": float(found[1])}
 
 
-def make_model(depth: int) -> LongCatVideoTransformer3DModel:
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LongCatVideoTransformer3DModel(depth=depth).eval()
-        torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def step(grid: Grid, depth: int, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, repeats: int) -> dict[str, Any]:
+def step(
+    grid: Grid, depth: int, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, device: torch.device, repeats: int
+) -> dict[str, Any]:
     """One call of the model, alone, shared, and shared with sharded weights."""
-    frames, height, width = grid
-    torch.manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width, dtype=torch.bfloat16, device="cuda"),
-        "timestep": torch.full((1,), 500.0, device="cuda"),
-        "encoder_hidden_states": torch.randn(1, 1, TEXT_TOKENS, 4096, dtype=torch.bfloat16, device="cuda"),
-    }
-    model = make_model(depth)
-    results: dict[str, Any] = {}
+    model = random_model(device, depth=depth)
+    inputs = random_inputs(model, grid)
+    found: dict[str, Any] = {}
     with torch.no_grad():
         fast = bsa_compile.optimize(model, policy, dynamic=False)
-        results["one"] = measure(partial(fast, **inputs), repeats)
-        expected = fast(**inputs)
+        found["one"] = measure(partial(fast, **inputs), device, repeats)
+        expected = fast(**inputs).float()
         fast = bsa_compile.optimize(model, policy, dynamic=False, mesh=mesh)
-        results["shared"] = measure(partial(fast, **inputs), repeats)
-        results["relative_difference"] = float((fast(**inputs) - expected).norm() / expected.norm())
+        found["shared"] = measure(partial(fast, **inputs), device, repeats)
+        found["overlap"] = overlap.traced(partial(fast, **inputs))
+        found["relative_difference"] = float((fast(**inputs).float() - expected).norm() / expected.norm())
         del fast, expected
         fast = bsa_compile.optimize(shard_weights(model, mesh), policy, dynamic=False, mesh=mesh)
         del model
         torch.cuda.empty_cache()
-        results["sharded_weights"] = measure(partial(fast, **inputs), repeats)
-    return results
+        found["sharded_weights"] = measure(partial(fast, **inputs), device, repeats)
+        found["overlap_sharded"] = overlap.traced(partial(fast, **inputs))
+    return found
 
 
-def attention(grid: Grid, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, repeats: int) -> dict[str, Any]:
+def attention(
+    grid: Grid, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, device: torch.device, repeats: int
+) -> dict[str, Any]:
     """Self-attention alone."""
     ranks = resolve(mesh, HEADS)
     units = tile_units([policy.chunk_3d_shape_q, policy.chunk_3d_shape_k])
     split = FrameSplit.of(grid[1], grid[2], ranks.ring.size, ranks.ulysses.size, units)
     plan = Plan(split, ranks, HEADS, overlapping_groups(HEADS, ranks.ulysses.size))
-    q, k, v = structured_qkv(grid, heads=HEADS, head_dim=WIDTH, dtype=torch.bfloat16, device="cuda")
+    q, k, v = structured_qkv(grid, heads=HEADS, head_dim=WIDTH, dtype=torch.bfloat16, device=device)
     mine = [plan.take(x) for x in (q, k, v)]
 
     def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -112,54 +108,82 @@ def attention(grid: Grid, mesh: DeviceMesh, policy: bsa_compile.BSAPolicy, repea
     def several(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return plan.attend(q, k, v, grid_q=plan.share(grid), grid_k=plan.share(grid), role="self")
 
-    options = {"backend": "bsa", "options": {"policy": policy}, "dynamic": False, "fullgraph": True}
+    options = {"backend": bsa, "options": {"policy": policy}, "dynamic": False, "fullgraph": True}
     with torch.no_grad():
         alone, shared = torch.compile(one, **options), torch.compile(several, **options)
-        return {"one": measure(lambda: alone(q, k, v), repeats), "shared": measure(lambda: shared(*mine), repeats)}
+        return {
+            "one": measure(lambda: alone(q, k, v), device, repeats),
+            "shared": measure(lambda: shared(*mine), device, repeats),
+            "overlap": overlap.traced(lambda: shared(*mine)),
+        }
+
+
+def told(row: dict[str, Any]) -> str:
+    """A grid's results in a few lines."""
+    lines = []
+    for what in ("attention", "step"):
+        one, shared, trace = row[what]["one"], row[what]["shared"], row[what]["overlap"]
+        times = f"{1000 * one['median_s']:.1f} ms, shared {1000 * shared['median_s']:.1f}"
+        hidden = f"communication {trace['communication_ms']:.1f} ms, hidden {trace['hidden_ms']:.1f}"
+        lines.append(f"{row['grid']} {what}: {times}: {one['median_s'] / shared['median_s']:.2f}x; {hidden}")
+    one, sharded, trace = row["step"]["one"], row["step"]["sharded_weights"], row["step"]["overlap_sharded"]
+    share = f"{sharded['peak_gib']:.1f} GiB, {sharded['peak_gib'] / one['peak_gib']:.0%} of one GPU's"
+    hidden = f"communication {trace['communication_ms']:.1f} ms, hidden {trace['hidden_ms']:.1f}"
+    lines.append(f"  sharded weights: {1000 * sharded['median_s']:.1f} ms, {share}; {hidden}")
+    lines.append(f"  relative difference of the outputs: {row['step']['relative_difference']:.1e}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=triple, action="append", help="T,H,W; may be repeated")
-    parser.add_argument("--depth", type=int, default=8, help="blocks; the released model has 48")
+    parser.add_argument("--depth", type=int, default=48, help="blocks (default: 48, the released model's)")
     parser.add_argument("--mesh", choices=("context", "ulysses", "ring"), default="context")
     parser.add_argument("--sparsity", type=float, default=0.9375)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.repeats < 1:
+        raise UsageError(must("--repeats", "be at least 1", options.repeats))
     if not torch.cuda.is_available() or "WORLD_SIZE" not in os.environ:
         sys.exit("this benchmark needs CUDA GPUs: start it with torchrun, one process per GPU")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    if options.json is not None:
+        check_writable(options.json, "--json")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=(options.mesh,))
     policy = bsa_compile.BSAPolicy(sparsity=options.sparsity)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+    data: dict[str, Any] = {
+        **results.header("parallel", torch.device("cuda", 0)),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "ranks": dist.get_world_size(),
         "mesh": options.mesh,
         "depth": options.depth,
+        "text_tokens": TEXT_TOKENS,
         "sparsity": options.sparsity,
+        "repeats": options.repeats,
         "grids": [],
     }
+    same = ("nccl", "ranks", "mesh", "depth", "text_tokens", "sparsity", "repeats")
+    results.keep_earlier(data, options.json, "grids", same)
     for grid in options.grid or GRIDS:
-        found = {"grid": list(grid), "attention": attention(grid, mesh, policy, options.repeats)}
-        found["step"] = step(grid, options.depth, mesh, policy, options.repeats)
-        results["grids"].append(found)
-        if dist.get_rank() == 0:
-            for what in ("attention", "step"):
-                one, shared = found[what]["one"], found[what]["shared"]
-                print(f"{grid} {what}: {one['ms']:.1f} ms, shared {shared['ms']:.1f}: {one['ms'] / shared['ms']:.2f}x")
-            sharded, one = found["step"]["sharded_weights"], found["step"]["one"]
-            share = sharded["peak_gib"] / one["peak_gib"]
-            print(f"  sharded weights: {sharded['ms']:.1f} ms, {sharded['peak_gib']:.1f} GiB, {share:.0%} of one GPU's")
-            print(f"  relative difference of the outputs: {found['step']['relative_difference']:.1e}", flush=True)
+        row = {
+            "grid": list(grid),
+            "attention": attention(grid, mesh, policy, device, options.repeats),
+            "step": step(grid, options.depth, mesh, policy, device, options.repeats),
+        }
         torch.cuda.empty_cache()
-    if options.json and dist.get_rank() == 0:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        data["grids"] = results.put_row(data["grids"], row, lambda one: one["grid"])
+        if dist.get_rank() == 0:
+            print(told(row), flush=True)
+            if options.json is not None:
+                console.put_json(data, str(options.json))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BSACompileError as error:
+        sys.exit(str(error))

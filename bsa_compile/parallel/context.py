@@ -22,7 +22,7 @@ from .exchange import MeanOfGradients, gather_shares
 from .mesh import Ranks, check, resolve, tile_units
 from .plan import Plan, overlapping_groups
 from .split import FrameSplit, even, starts
-from .watch import Watch
+from .watch import Watch, cuda_marks
 
 TIMEOUT = 600.0
 
@@ -78,7 +78,9 @@ class ContextParallel:
         }
         agree(self._board, "start", known, "call optimize")
         self.ranks: Ranks = resolve(mesh, self.heads)
-        self._watch = None if timeout is None else Watch(self._board)
+        on_gpu = mesh.device_type == "cuda"
+        mark = cuda_marks(torch.device("cuda", torch.cuda.current_device())) if on_gpu else None
+        self._watch = None if timeout is None else Watch(self._board, mark)
         if self._watch is not None:
             weakref.finalize(self, self._watch.close)
 

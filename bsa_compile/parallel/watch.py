@@ -2,6 +2,9 @@
 
 A rank that died or hangs leaves the others waiting in a collective, where no exception reaches them. So every rank has
 a thread that shows where the rank stands, and looks where the others stand when its own has not moved on for long.
+
+On a GPU a collective is enqueued at once, and it is the GPU that waits in it, maybe long after the call returned. There
+a rank leaves a mark in the stream wherever it gets on, and has got on when the GPU has reached it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,16 +37,42 @@ def _end(message: str) -> None:
     os._exit(EXIT_STATUS)
 
 
+Mark = Callable[[], bool]
+"""Tells whether a device has got to a place in the work that it was given."""
+
+
+def cuda_marks(device: torch.device) -> Callable[[], Mark | None]:
+    """What makes a mark in the current stream of a GPU; None while the stream is recorded and not run."""
+
+    def mark() -> Mark | None:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+
+        def reached() -> bool:
+            with torch.cuda.device(device):  # a new thread is at GPU 0, and would make a context there
+                return event.query()
+
+        return reached
+
+    return mark
+
+
 class Watch:
     """Shows how far this rank is, and ends it when another one is lost.
 
     Args:
         board: where ranks show how far they are; its timeout is how long one may stand still inside a call.
+        mark: makes a mark where the device's work has been given to it so far; None: it is done when it returns.
         end: what to do with the message; by default print it and end the process.
     """
 
-    def __init__(self, board: Board, end: Callable[[str], Any] = _end) -> None:
-        self._board, self._end = board, end
+    def __init__(
+        self, board: Board, mark: Callable[[], Mark | None] | None = None, end: Callable[[str], Any] = _end
+    ) -> None:
+        self._board, self._mark, self._end = board, mark, end
+        self._ahead: deque[tuple[Mark, str]] = deque()  # what the device has not reached yet, and in what it lies
         self._moves, self._inside, self._backward = 0, False, False
         self._moved = time.monotonic()
         # A rank that never shows anything counts as seen now: it may be lost before its first beat.
@@ -57,27 +87,30 @@ class Watch:
         """This rank has got on: every rank does so in the same places."""
         self._moves += 1
         self._moved = time.monotonic()
+        mark = self._mark() if self._mark is not None else None
+        if mark is not None:
+            self._ahead.append((mark, self._stage))
 
     @contextmanager
     def inside(self) -> Iterator[None]:
         """While this rank may wait for others."""
-        self.move()
         self._inside = True
+        self.move()
         try:
             yield
         finally:
-            self._inside = False
             self.move()
+            self._inside = False
 
     def backward(self) -> None:
         """A backward pass has come to what the model returned; until its end this rank may wait for others."""
-        self.move()
         self._backward = True
+        self.move()
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
-        self._backward = False
         self.move()
+        self._backward = False
 
     def close(self) -> None:
         """End the thread."""
@@ -92,6 +125,15 @@ class Watch:
         return [r for r, (_, since) in self._seen.items() if now - since > 3 * self._pause]
 
     @property
+    def _stage(self) -> str:
+        """In what this rank may wait for others, as far as its own thread has come."""
+        return "a call of the model" if self._inside else "a backward pass"
+
+    @property
+    def _waits(self) -> bool:
+        return self._inside or self._backward or bool(self._ahead)
+
+    @property
     def _pause(self) -> float:
         return min(1.0, self._board.timeout / BEATS)
 
@@ -100,11 +142,12 @@ class Watch:
             try:
                 self._look()
             except Exception as exc:  # the store goes with the process that holds it
-                if (self._inside or self._backward) and not self._stop.is_set():
+                if self._waits and not self._stop.is_set():
                     self._end(f"the job's store cannot be reached any more, so the rank that holds it is lost: {exc}")
                 return
 
     def _look(self) -> None:
+        self._follow()
         self._beats += 1
         self._board.show("beat", f"{self._beats} {self._moves} {_place()}")
         now = time.monotonic()
@@ -115,15 +158,25 @@ class Watch:
         timeout = self._board.timeout
         # A pass that an error ended has not told its end, so that is looked at, not believed.
         self._backward = self._backward and _runs_backward()
-        if (self._inside or self._backward) and now - self._moved > timeout:
+        if self._waits and now - self._moved > timeout:
             self._spoke = True
             self._end(self._verdict(now))
             self._stop.set()
 
+    def _follow(self) -> None:
+        """See how far the device has got."""
+        try:
+            while self._ahead and self._ahead[0][0]():
+                self._ahead.popleft()
+                self._moved = time.monotonic()
+        except RuntimeError:  # of a kernel: the main thread meets it where it waits for the device, and says it
+            self._ahead.clear()
+            self._mark = None
+
     def _verdict(self, now: float) -> str:
         timeout = self._board.timeout
-        place = "a call of the model" if self._inside else "a backward pass"
-        waited = f"rank {self._board.rank} waited {now - self._moved:.0f} s in {place}"
+        stage = self._ahead[0][1] if self._ahead else self._stage
+        waited = f"rank {self._board.rank} waited {now - self._moved:.0f} s in {stage}"
         silent = [r for r, (_, since) in self._seen.items() if now - since > min(timeout, 5 * self._pause)]
         if silent:
             return f"{waited}: {named(silent)} gave no sign of life and must have died or been stopped"
@@ -136,8 +189,11 @@ class Watch:
 
 
 def _place() -> str:
-    """Where the main thread is, for people."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    """Where the main thread is, for people; or, while it waits for a thread of torch's engine that runs Python, that."""
+    frames = sys._current_frames()
+    known = {thread.ident for thread in threading.enumerate()}
+    of_engine = [frame for ident, frame in frames.items() if ident not in known]
+    frame = of_engine[0] if of_engine else frames.get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

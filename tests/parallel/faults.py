@@ -100,13 +100,15 @@ def lose(fault: str, where: str, store: str, rank: int) -> None:
         if rank == 1:
             fast.blocks[1].ffn.w2.weight.register_hook(loses)
         fast(**given).square().mean().backward()
-        return
-    with torch.no_grad():
-        fast(**given)
-        lower_timeout()
-        if rank == 1:
-            fast.blocks[1].forward = loses
-        fast(**given)
+    else:
+        with torch.no_grad():
+            fast(**given)
+            lower_timeout()
+            if rank == 1:
+                fast.blocks[1].forward = loses
+            fast(**given)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # like whoever reads what came out: the calls have only been given to the GPU
 
 
 def _hang(*args: Any, **kwargs: Any) -> None:

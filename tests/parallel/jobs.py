@@ -66,8 +66,9 @@ class Case:
 
 
 def device() -> torch.device:
-    """Where this rank computes: on a GPU of its own with BSA_TEST_DEVICE=cuda, else on the CPU."""
-    return torch.device("cuda", dist.get_rank()) if DEVICE == "cuda" else torch.device("cpu")
+    """Where this rank computes: on a GPU of its own with BSA_TEST_DEVICE=cuda; else, and outside a job, on the CPU."""
+    on_gpu = DEVICE == "cuda" and dist.is_initialized()
+    return torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
 
 
 def mesh_of(case: Case) -> DeviceMesh:

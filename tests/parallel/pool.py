@@ -93,6 +93,8 @@ def _serve(pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # What is compared is fp32; by default cuDNN's convolution, the patch embedding, is TF32.
+    torch.backends.cudnn.allow_tf32 = False
     while True:
         try:
             name, args, rank, ranks, store, seconds = pipe.recv()
@@ -103,10 +105,16 @@ def _serve(pipe: Any) -> None:
             function = getattr(importlib.import_module(module), path)
             from datetime import timedelta
 
-            if DEVICE == "cuda":
-                torch.cuda.set_device(rank)
+            gpu = torch.device("cuda", rank) if DEVICE == "cuda" else None
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             dist.init_process_group(
-                BACKEND, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+                BACKEND,
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=seconds),
+                device_id=gpu,
             )
             # A rank that left again before all are connected would break the connections still being made.
             dist.barrier()

@@ -66,7 +66,9 @@ def test_a_rank_lost_ends_the_job(tmp_path, fault, where):
             process.communicate()
     assert time.monotonic() - began < 60
     lines = [line.removeprefix("[rank0]: ") for line in said.splitlines()]  # torch names the rank in tracebacks
-    (ours,) = [line for line in lines if line.startswith(("bsa_compile:", "bsa_compile.errors."))]
+    found = [line for line in lines if line.startswith(("bsa_compile:", "bsa_compile.errors."))]
+    assert len(found) == 1, said
+    (ours,) = found
     assert "rank 1" in ours
     if fault == "kill" and BACKEND == "gloo":  # the other's connection broke
         assert ranks[0].returncode == 1

@@ -12,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bsa_compile.pipelines.longcat.video import read_video
+
+from .pool import DEVICE
 
 for library in ("diffusers", "transformers", "av"):
     pytest.importorskip(library)
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +40,9 @@ def start(folder, output, ranks, *arguments):
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "bsa_compile", "generate", "--model", str(folder), "--prompt", "a red ball"]
     command += ["--height", "48", "--width", "80", "--num-frames", "9", "--num-inference-steps", str(STEPS)]
-    command += ["--device", "cpu", "--backend", "eager", "--output", str(output), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--device", DEVICE, "--dtype", "float32", "--backend", "eager", "--output", str(output)]
+    command += [*map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
     return subprocess.Popen(
         command,
         cwd=ROOT,
