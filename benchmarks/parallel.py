@@ -16,6 +16,7 @@ stay.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -56,6 +57,7 @@ def measure(call: Callable[[], Any], device: torch.device, repeats: int) -> dict
     call()  # compiles
     call()
     torch.cuda.synchronize(device)
+    gc.collect()  # models of the grid before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     seconds = []

@@ -3,8 +3,8 @@
     python benchmarks/readme_tables.py           # rewrite what stands between the markers
     python benchmarks/readme_tables.py --check   # exit with 1 if that would change anything
 
-A marker names a file, and a case of it if it is a comparison with peers; files of `benchmarks/attend.py`, `dit_step.py`
-and `quality.py` have one table each:
+A marker names a file, and a case of it if it is a comparison with peers; files of `attend.py`, `dit_step.py`,
+`quality.py` and `parallel.py` have one table each:
 
     <!-- results: 2026-01-31-h100-peers.json | tile 4x4x4, gate lists -->
     (made by this script)
@@ -46,7 +46,8 @@ def table(results: Path, file: str, case: str | None) -> str:
         data = json.loads((results / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         sys.exit(f"a marker names {file!r}, which is not in {results}")
-    made = {"dit_step": model_tables.dit_step, "quality": model_tables.quality}.get(data.get("kind"))
+    makers = {"dit_step": model_tables.dit_step, "quality": model_tables.quality, "parallel": model_tables.parallel}
+    made = makers.get(data.get("kind"))
     if made is not None:
         return f"{made(data)} {source(data, file)}"
     if "cases" not in data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -129,8 +131,20 @@ class BSABackend:
         for site in report.sites:
             log.debug("%s [%s]: %s", site.module or "<root>", site.role, site.outcome)
         tag = ".".join([torch.compiler.config.cache_key_tag, "bsa", source_digest(), self.policy.digest])
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        with torch.compiler.config.patch(cache_key_tag=tag), self._order_of(rewritten):  # type: ignore[attr-defined]
             return self._inner(rewritten, example_inputs)
+
+    def _order_of(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
+        """Keep the order of a graph in which collectives are under way while others compute.
+
+        To save memory inductor would start each of them right before it is waited for, and nothing would overlap.
+        """
+        setting = "reorder_for_peak_memory"
+        if self.compiler_name != "inductor" or setting in self._inner.config:
+            return contextlib.nullcontext()
+        if not any("_c10d_functional" in str(node.target) for node in graph_module.graph.nodes):
+            return contextlib.nullcontext()
+        return torch._inductor.config.patch(setting, False)
 
     def get_compiler_config(self) -> Any:
         """Asked by Dynamo, to tell apart compilations under different inductor settings."""

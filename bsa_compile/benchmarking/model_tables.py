@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,42 @@ def dit_step(data: Mapping[str, Any]) -> str:
         f"batch 1; medians of {data['repeats']}. The refinement's time was not measured: it is a step's, times the "
         f"{refine['steps']} steps that it runs of a schedule of {refine['schedule_steps']}, without VAE and text "
         "encoder."
+    )
+    return f"{markdown_rows(rows, left=2)}\n\n{about}"
+
+
+def parallel(data: Mapping[str, Any]) -> str:
+    """What `benchmarks/parallel.py` wrote."""
+    ranks = data["ranks"]
+    rows = [("grid", "", "one GPU", f"{ranks} GPUs", "x", "communication", "of it hidden", "peak GiB, each GPU")]
+    for row in data["grids"]:
+        step = row["step"]
+        cells = [
+            ("self-attention", row["attention"]["one"], row["attention"]["shared"], row["attention"]["overlap"]),
+            ("step", step["one"], step["shared"], step["overlap"]),
+            ("step, weights shared out (FSDP2)", step["one"], step["sharded_weights"], step["overlap_sharded"]),
+        ]
+        for name, one, shared, trace in cells:
+            communication = trace["communication_ms"]
+            hidden = trace["hidden_ms"] / communication if communication else 0.0
+            peak = f"{one['peak_gib']:.1f} → {shared['peak_gib']:.1f} ({shared['peak_gib'] / one['peak_gib']:.0%})"
+            rows.append(
+                (
+                    f"{joined(row['grid'])}, {math.prod(row['grid']):,} tokens",
+                    name,
+                    _milliseconds(1000 * one["median_s"]),
+                    _milliseconds(1000 * shared["median_s"]),
+                    f"{one['median_s'] / shared['median_s']:.2f}x",
+                    _milliseconds(communication),
+                    f"{hidden:.0%}",
+                    "" if one is not step["one"] else peak,
+                )
+            )
+    about = (
+        f"Mesh dimension `{data['mesh']}`, {data['depth']} blocks of LongCat's width, sparsity {data['sparsity']:g}, "
+        f"compiled, batch 1, {data['text_tokens']} text tokens, NCCL {data['nccl']}; medians of {data['repeats']}, the "
+        "slowest rank's. Communication and what of it runs beside other kernels are from a trace of one call on rank "
+        "0; waiting for the other ranks counts as communication."
     )
     return f"{markdown_rows(rows, left=2)}\n\n{about}"
 
@@ -77,6 +114,10 @@ def _spread(found: Mapping[str, Any] | None, form: str) -> str:
 def _share(found: Mapping[str, Any]) -> str:
     share, low, high = (f"{100 * found[key]:.0f}" for key in ("share", "low", "high"))
     return f"{share}% ({low}–{high})"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.1f} ms"
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ class Exchange:
     """An all-to-all of heads against tokens among the ranks of a line.
 
     Heads lie outermost while they travel: then pieces are joined by one copy. What `start_*` gives is under way; only
-    `join_heads` and `finish_tokens` wait for it.
+    `join_heads` and `finish_tokens` wait for it. `pack_heads` makes what is sent.
 
     Attributes:
         line: the ranks.
@@ -37,28 +37,32 @@ class Exchange:
         """Heads of this rank."""
         return self.heads[self.line.index][1]
 
-    def start_heads(self, x: Tensor, frames: int) -> Tensor:
+    def start_heads(self, packed: Tensor, batch: int, frames: Sequence[int]) -> Tensor:
         """Send this rank's tokens of each rank's heads.
 
         Args:
-            x: `[B, H, frames * n, D]`, all heads.
-            frames: latent frames.
+            packed: of `pack_heads`.
+            batch: B.
+            frames: latent frames of each of the tensors that were packed.
 
         Returns:
             Rows of D that `join_heads` joins.
         """
-        batch, _, tokens, width = x.shape
-        by_head = x.transpose(0, 1)
-        packed = torch.cat([by_head[a : a + n].reshape(-1, width) for a, n in self.heads])
-        sent = [n * batch * tokens for _, n in self.heads]
-        return _start(packed, [self.here * batch * frames * n for n in self.counts], sent, self.line)
+        rows = batch * sum(frames)
+        mine = self.counts[self.line.index]
+        received = [self.here * rows * n for n in self.counts]
+        return _start(packed, received, [n * rows * mine for _, n in self.heads], self.line)
 
-    def join_heads(self, pending: Tensor, batch: int, frames: int) -> Tensor:
-        """`[B, here, frames * n, D]`: this rank's heads, with n positions of the whole region."""
-        arrived, width = _finish(pending), pending.shape[-1]
-        parts = arrived.split([self.here * batch * frames * n for n in self.counts])
-        shaped = [p.view(self.here, batch, frames, n, width) for p, n in zip(parts, self.counts, strict=True)]
-        return torch.cat(shaped, dim=3).flatten(2, 3).transpose(0, 1)
+    def join_heads(self, pending: Tensor, batch: int, frames: Sequence[int]) -> list[Tensor]:
+        """Of each tensor `[B, here, frames * n, D]`: this rank's heads, with n positions of the whole region."""
+        arrived, width, rows = _finish(pending), pending.shape[-1], self.here * batch
+        parts = arrived.split([rows * sum(frames) * n for n in self.counts])
+        pieces = [p.split([rows * t * n for t in frames]) for p, n in zip(parts, self.counts, strict=True)]
+        joined = [
+            torch.cat([of_rank[i].view(self.here, batch, t, -1, width) for of_rank in pieces], dim=3)
+            for i, t in enumerate(frames)
+        ]
+        return [x.flatten(2, 3).transpose(0, 1) for x in joined]
 
     def start_tokens(self, x: Tensor, frames: int) -> Tensor:
         """Send each rank its tokens of this rank's heads `[B, here, frames * n, D]`."""
@@ -91,6 +95,26 @@ def exchanges(line: Line, heads: Sequence[int], counts: Sequence[int], groups: i
         Exchange(line, tuple((first + sum(sizes[:g]), sizes[g]) for first, sizes in parts), tuple(counts))
         for g in range(groups)
     ]
+
+
+def pack_heads(groups: Sequence[Exchange], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What each group sends, in one message to each rank: its heads of every tensor.
+
+    Args:
+        groups: of `exchanges`.
+        tensors: `[B, H, frames * n, D]` of this rank's tokens, all heads; the frames may differ.
+
+    Returns:
+        Rows of D for each group.
+    """
+    by_head, width = [x.transpose(0, 1) for x in tensors], tensors[0].shape[-1]
+    if len({number for group in groups for _, number in group.heads}) > 1:
+        return [torch.cat([x[a : a + n].reshape(-1, width) for a, n in g.heads for x in by_head]) for g in groups]
+    # Heads lie as (rank, group, n). With groups outermost all of them are packed by one copy, into which a compiler
+    # fuses what computes the tensors; then these themselves, and what they are views of, take no memory any more.
+    shape = (len(groups[0].heads), len(groups), -1)
+    by_group = [x.unflatten(0, shape).transpose(0, 1).flatten(2, -2) for x in by_head]
+    return list(torch.cat(by_group, dim=2).flatten(1, 2))
 
 
 def _start(x: Tensor, received: list[int], sent: list[int], line: Line) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import attention, ring_attention
-from .exchange import Exchange, exchanges, gather_shares
+from .exchange import exchanges, gather_shares, pack_heads
 from .mesh import Ranks
 from .split import FrameSplit, Grid, even
 
@@ -90,17 +90,18 @@ class Plan:
         if line.size == 1:
             return self._inner(q, k, v, whole_q, whole_k, role)
         groups = exchanges(line, even(self.heads, line.size), self.counts, self.groups)
-        operands = [(q, grid_q[0]), (k, grid_k[0]), (v, grid_k[0])]
+        frames = (grid_q[0], grid_k[0], grid_k[0])
+        packed = pack_heads(groups, (q, k, v))
 
-        def start(exchange: Exchange) -> list[Tensor]:
-            return [exchange.start_heads(x, frames) for x, frames in operands]
+        def start(group: int) -> Tensor:
+            return groups[group].start_heads(packed[group], batch, frames)
 
-        coming, going = start(groups[0]), []
+        coming, going = start(0), []
         for index, exchange in enumerate(groups):
             here = coming
             if index + 1 < len(groups):  # on its way while this group is joined and attended with
-                coming = start(groups[index + 1])
-            q, k, v = (exchange.join_heads(x, batch, t) for x, (_, t) in zip(here, operands, strict=True))
+                coming = start(index + 1)
+            q, k, v = exchange.join_heads(here, batch, frames)
             out = self._inner(q, k, v, whole_q, whole_k, role)
             going.append(exchange.start_tokens(out, grid_q[0]))  # while the next group is attended with
         done = [exchange.finish_tokens(x, batch) for exchange, x in zip(groups, going, strict=True)]

@@ -189,7 +189,7 @@ class Watch:
 
 
 def _place() -> str:
-    """Where the main thread is, for people; or, while it waits for a thread of torch's engine that runs Python, that."""
+    """Where the main thread is, for people; or a thread of torch's engine, while the main one waits for its Python."""
     frames = sys._current_frames()
     known = {thread.ident for thread in threading.enumerate()}
     of_engine = [frame for ident, frame in frames.items() if ident not in known]

@@ -24,7 +24,7 @@ def test_nothing_ran():
 
 
 @pytest.mark.parametrize(
-    "spans, wanted",
+    ("spans", "wanted"),
     [([(2, 3), (0, 1)], [(0, 1), (2, 3)]), ([(0, 5), (1, 2), (4, 6)], [(0, 6)]), ([(0, 1), (1, 2)], [(0, 2)])],
 )
 def test_union(spans, wanted):

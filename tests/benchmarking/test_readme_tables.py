@@ -44,7 +44,7 @@ def test_a_table_of_a_comparison(script, tmp_path, monkeypatch, capsys):
     assert page.read_text() == new
 
 
-@pytest.mark.parametrize("kind", ["dit_step", "quality"])
+@pytest.mark.parametrize("kind", ["dit_step", "quality", "parallel"])
 def test_a_table_of_a_whole_model(script, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(script.model_tables, kind, lambda data: f"| {data['kind']} |\n\nWords.")
     about = {"versions": {"torch": "2", "triton": None}, "device": {"name": "a GPU"}, "date": "today"}
@@ -52,6 +52,27 @@ def test_a_table_of_a_whole_model(script, tmp_path, monkeypatch, kind):
     page = "<!-- results: found.json -->\n<!-- end of results -->\n"
     wanted = f"| {kind} |\n\nWords. a GPU, today; torch 2 ([figures](benchmarks/results/found.json)).\n"
     assert script.rewritten(page, tmp_path) == page.replace(">\n<", f">\n{wanted}<")
+
+
+def test_a_table_of_many_gpus(script):
+    def of(one, shared, communication, hidden, peaks):
+        trace = {"communication_ms": communication, "hidden_ms": hidden, "work_ms": 1.0}
+        first, second = [{"median_s": s, "peak_gib": p} for s, p in zip((one, shared), peaks, strict=True)]
+        return {"one": first, "shared": second, "overlap": trace}
+
+    step = of(3.0, 1.5, 200.0, 150.0, (30.0, 31.0))
+    step |= {"sharded_weights": {"median_s": 2.0, "peak_gib": 15.0}, "overlap_sharded": step["overlap"]}
+    row = {"grid": [2, 3, 4], "attention": of(0.015, 0.010, 2.0, 0.0, (4.0, 3.0)), "step": step}
+    about = {"ranks": 2, "mesh": "ring", "depth": 8, "sparsity": 0.5, "nccl": "2", "text_tokens": 8, "repeats": 3}
+    lines = script.model_tables.parallel({**about, "grids": [row]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
+    assert all(cell[0] == "2x3x4, 24 tokens" for cell in cells)
+    assert [cell[2:] for cell in cells] == [
+        ["15.0 ms", "10.0 ms", "1.50x", "2.0 ms", "0%", ""],
+        ["3.00 s", "1.50 s", "2.00x", "200.0 ms", "75%", "30.0 → 31.0 (103%)"],
+        ["3.00 s", "2.00 s", "1.50x", "200.0 ms", "75%", "30.0 → 15.0 (50%)"],
+    ]
+    assert "Mesh dimension `ring`, 8 blocks" in lines[-1]
 
 
 def test_a_table_of_kernels(script):

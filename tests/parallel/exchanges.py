@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
+import bsa_compile
+from bsa_compile.backend import bsa
 from bsa_compile.ops import block_sparse_attention
 from bsa_compile.parallel import plan as plans
 from bsa_compile.parallel.mesh import resolve, tile_units
@@ -140,9 +144,6 @@ def checked() -> None:
 
 def order() -> list[str]:
     """Collectives and attention in the traced graph of two groups of heads, in order."""
-    case = Case((2, 2, 3), {"ulysses": 2}, heads=4)
-    ranks = resolve(mesh_of(case), case.heads)
-    plan = Plan(FrameSplit.of(2, 3, 1, 2), ranks, case.heads, 2)
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -151,10 +152,32 @@ def order() -> list[str]:
             seen.extend(word for name, word in names.items() if name in str(node.target))
         return graph.forward
 
-    @torch.compile(backend=backend, fullgraph=True)
+    _two_groups(torch.compile, backend=backend)
+    return seen
+
+
+def compiled_order() -> list[str]:
+    """The same in what inductor makes of the graph."""
+    policy = bsa_compile.BSAPolicy(chunk_3d_shape_q=(1, 1, 1), chunk_3d_shape_k=(1, 1, 1))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(_two_groups, torch.compile, backend=bsa, options={"policy": policy})
+    called = re.findall(r"torch\.ops\.(\w+\.\w+)\.default\(", codes[0])
+    names = {
+        "_c10d_functional.all_to_all_single": "start",
+        "_c10d_functional.wait_tensor": "wait",
+        "bsa.attend": "attend",
+    }
+    return [names[name] for name in called if name in names]
+
+
+def _two_groups(compiler: Callable[..., Any], **options: Any) -> None:
+    """Run the self-attention of 4 heads on 2 ranks, in two groups."""
+    case = Case((2, 2, 3), {"ulysses": 2}, heads=4)
+    ranks = resolve(mesh_of(case), case.heads)
+    plan = Plan(FrameSplit.of(2, 3, 1, 2), ranks, case.heads, 2)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plan.attend(q, k, v, grid_q=(2, 1, 3), grid_k=(2, 1, 3), role="self")
 
     with torch.no_grad():
-        attend(*(torch.randn(1, 4, 6, WIDTH, device=device()) for _ in range(3)))
-    return seen
+        compiler(attend, fullgraph=True, **options)(*(torch.randn(1, 4, 6, WIDTH, device=device()) for _ in range(3)))
