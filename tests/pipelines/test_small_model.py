@@ -12,6 +12,7 @@ import torch
 
 from bsa_compile.cli import main
 from bsa_compile.commands import common
+from bsa_compile.commands.compare import default_mode
 from bsa_compile.errors import CheckpointError
 from bsa_compile.pipelines.longcat import LongCatPipeline, LongCatPipelineConfig
 from bsa_compile.pipelines.longcat.defaults import DEFAULTS_NAME, GenerationDefaults
@@ -146,6 +147,19 @@ def test_words_that_the_model_does_not_know_are_named(pipe, caplog):
         text = pipe.encode_prompt("A RED ball, rolls to the left over grass.")
     assert caplog.records == []
     assert text.values.shape[2] == 24  # tokens that its tokenizer says, not the 512 of LongCat-Video
+
+
+@pytest.mark.parametrize(
+    ("small", "device", "backend", "mode"),
+    [
+        (True, "cuda", "inductor", "reduce-overhead"),
+        (True, "cuda", "eager", None),
+        (True, "cpu", "inductor", None),
+        (False, "cuda", "inductor", None),
+    ],
+)
+def test_compare_takes_cuda_graphs_where_launches_would_be_all_that_it_measures(small, device, backend, mode):
+    assert default_mode(small, torch.device(device), backend) == mode
 
 
 def test_compare_makes_both_videos_from_the_same_noise(shipped, tmp_path, capsys):
