@@ -293,7 +293,8 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        help="of inductor; reduce-overhead replays CUDA graphs (default: none; compare with the small model on a GPU: that)",
+        help="of inductor; reduce-overhead replays CUDA graphs (default: none; `compare` "
+        "takes them for the small model on a GPU)",
     )
 
 
