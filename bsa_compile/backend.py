@@ -142,7 +142,8 @@ class BSABackend:
         setting = "reorder_for_peak_memory"
         if self.compiler_name != "inductor" or setting in self._inner.config:
             return contextlib.nullcontext()
-        if not any("_c10d_functional" in str(node.target) for node in graph_module.graph.nodes):
+        graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
+        if not any("_c10d_functional" in str(node.target) for graph in graphs for node in graph.nodes):
             return contextlib.nullcontext()
         return torch._inductor.config.patch(setting, False)
 

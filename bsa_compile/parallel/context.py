@@ -78,8 +78,7 @@ class ContextParallel:
         }
         agree(self._board, "start", known, "call optimize")
         self.ranks: Ranks = resolve(mesh, self.heads)
-        on_gpu = mesh.device_type == "cuda"
-        mark = cuda_marks(torch.device("cuda", torch.cuda.current_device())) if on_gpu else None
+        mark = cuda_marks(model.device) if model.device.type == "cuda" else None
         self._watch = None if timeout is None else Watch(self._board, mark)
         if self._watch is not None:
             weakref.finalize(self, self._watch.close)

@@ -45,10 +45,11 @@ def cuda_marks(device: torch.device) -> Callable[[], Mark | None]:
     """What makes a mark in the current stream of a GPU; None while the stream is recorded and not run."""
 
     def mark() -> Mark | None:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            event = torch.cuda.Event()
+            event.record()
 
         def reached() -> bool:
             with torch.cuda.device(device):  # a new thread is at GPU 0, and would make a context there
@@ -87,7 +88,8 @@ class Watch:
         """This rank has got on: every rank does so in the same places."""
         self._moves += 1
         self._moved = time.monotonic()
-        mark = self._mark() if self._mark is not None else None
+        make = self._mark  # the thread may take it away
+        mark = None if make is None else make()
         if mark is not None:
             self._ahead.append((mark, self._stage))
 
@@ -130,6 +132,11 @@ class Watch:
         return "a call of the model" if self._inside else "a backward pass"
 
     @property
+    def _reached(self) -> int:
+        """Moves up to which the device has come."""
+        return self._moves - len(self._ahead)
+
+    @property
     def _waits(self) -> bool:
         return self._inside or self._backward or bool(self._ahead)
 
@@ -142,14 +149,19 @@ class Watch:
             try:
                 self._look()
             except Exception as exc:  # the store goes with the process that holds it
+                end = time.monotonic() + GRACE  # which may be done, and this rank's GPU nearly
+                while self._ahead and not (self._inside or self._backward) and time.monotonic() < end:
+                    self._follow()
+                    time.sleep(0.01)
                 if self._waits and not self._stop.is_set():
                     self._end(f"the job's store cannot be reached any more, so the rank that holds it is lost: {exc}")
+                self._leave_device()
                 return
 
     def _look(self) -> None:
         self._follow()
         self._beats += 1
-        self._board.show("beat", f"{self._beats} {self._moves} {_place()}")
+        self._board.show("beat", f"{self._beats} {self._moves} {self._reached} {_place(self._backward)}")
         now = time.monotonic()
         for rank, (seen, _) in self._seen.items():
             text = self._board.look("beat", rank)
@@ -157,7 +169,8 @@ class Watch:
                 self._seen[rank] = (text, now)
         timeout = self._board.timeout
         # A pass that an error ended has not told its end, so that is looked at, not believed.
-        self._backward = self._backward and _runs_backward()
+        if self._backward and not _runs_backward():
+            self._backward = False
         if self._waits and now - self._moved > timeout:
             self._spoke = True
             self._end(self._verdict(now))
@@ -170,8 +183,12 @@ class Watch:
                 self._ahead.popleft()
                 self._moved = time.monotonic()
         except RuntimeError:  # of a kernel: the main thread meets it where it waits for the device, and says it
-            self._ahead.clear()
-            self._mark = None
+            self._leave_device()
+
+    def _leave_device(self) -> None:
+        """Look no more at how far the device is."""
+        self._mark = None
+        self._ahead.clear()
 
     def _verdict(self, now: float) -> str:
         timeout = self._board.timeout
@@ -180,19 +197,25 @@ class Watch:
         silent = [r for r, (_, since) in self._seen.items() if now - since > min(timeout, 5 * self._pause)]
         if silent:
             return f"{waited}: {named(silent)} gave no sign of life and must have died or been stopped"
-        shown = {r: text.split(maxsplit=2)[1:] for r, (text, _) in self._seen.items()}
-        places = "; ".join(f"rank {r} is at {place}" for r, (_, place) in shown.items())
-        behind = [r for r, (moves, _) in shown.items() if int(moves) < self._moves]
+        shown = {r: text.split(maxsplit=3)[1:] for r, (text, _) in self._seen.items()}
+        places = "; ".join(f"rank {r} is at {place}" for r, (_, _, place) in shown.items())
+        # Those that are farthest behind: the others wait for them, though not in the same place, as a GPU is given work
+        # ahead.
+        far = {r: (int(moves), int(reached)) for r, (moves, reached, _) in shown.items()}
+        here = (self._moves, self._reached)
+        least = min(far.values(), default=here)
+        behind = [r for r in far if far[r] == least < here]
         if behind:
             return f"{waited}: {named(behind)} hangs, or makes other calls: it did not get as far as this one; {places}"
         return f"{waited}: no rank gets on, all of them are alive; {places}"
 
 
-def _place() -> str:
-    """Where the main thread is, for people; or a thread of torch's engine, while the main one waits for its Python."""
+def _place(backward: bool) -> str:
+    """Where the main thread is, for people; in a backward pass, a thread of torch's engine if one runs Python."""
     frames = sys._current_frames()
-    known = {thread.ident for thread in threading.enumerate()}
-    of_engine = [frame for ident, frame in frames.items() if ident not in known]
+    # A thread that others started is a dummy, and that only once it has asked who it is.
+    own = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
+    of_engine = [frame for ident, frame in frames.items() if ident not in own] if backward else []
     frame = of_engine[0] if of_engine else frames.get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"

@@ -42,6 +42,9 @@ def problems(draw):
 @given(problem=problems())
 @example(problem=(Case((4, 5, 6), {"ulysses": 3}, heads=5), (2, 2, 3), {"sparsity": 0.5}, 0))
 @example(problem=(Case((3, 4, 5), {"ulysses": 2}, heads=5, batch=2, cond=1), (2, 2, 3), {"sparsity": 0.5}, 0, 2))
+# Groups of equally many heads, packed by one copy; 35 and 15 positions are shared unevenly.
+@example(problem=(Case((3, 5, 7), {"ulysses": 2}, heads=4, batch=2, cond=1), (2, 2, 3), {"sparsity": 0.5}, 0, 2))
+@example(problem=(Case((2, 6, 5), {"ring": 2, "ulysses": 2}, heads=4), (2, 2, 2), {"sparsity": 0.5}, 0, 2))
 @example(problem=(Case((2, 1, 1), {"ring": 4}, heads=1), (2, 2, 2), {"sparsity": 0.5}, 0))  # three hold nothing
 @example(problem=(Case((2, 1, 1), {"ulysses": 4}, heads=4), (2, 2, 2), None, 0))
 @example(problem=(Case((1, 1, 1), {"ring": 2}, heads=1), (1, 1, 1), None, 0))

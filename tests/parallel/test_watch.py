@@ -16,9 +16,9 @@ class Board:
 
     ranks, rank, timeout = (0, 1), 0, TIMEOUT
 
-    def __init__(self):
+    def __init__(self, moves=0, reached=0):
         self.beats = 0
-        self.moves = 0
+        self.moves, self.reached = moves, reached
         self.alive = True
 
     def show(self, topic, text):
@@ -26,7 +26,7 @@ class Board:
 
     def look(self, topic, rank):
         self.beats += self.alive
-        return f"{self.beats} {self.moves} a.py:1 in forward"
+        return f"{self.beats} {self.moves} {self.reached} a.py:1 in forward"
 
 
 class Device:
@@ -51,8 +51,8 @@ class Device:
 def watched():
     found = []
 
-    def make(device):
-        board, said = Board(), []
+    def make(device, **far):
+        board, said = Board(**far), []
         found.append(Watch(board, None if device is None else device.mark, said.append))
         return found[-1], board, said
 
@@ -79,6 +79,26 @@ def test_a_call_that_returned_lasts_until_the_device_is_done(watched, alive):
     assert "in a call of the model" in message
     wanted = "rank 1 hangs, or makes other calls" if alive else "rank 1 gave no sign of life"
     assert wanted in message
+
+
+def test_of_ranks_that_gave_all_work_to_their_devices_the_one_whose_device_is_behind_is_named(watched):
+    device = Device()
+    watch, _, said = watched(device, moves=4, reached=1)
+    device.reached = 2
+    call(watch)  # four moves
+    time.sleep(3 * TIMEOUT)
+    (message,) = said
+    assert "rank 1 hangs, or makes other calls" in message
+
+
+def test_where_all_are_equally_far_nobody_is_named(watched):
+    device = Device()
+    watch, _, said = watched(device, moves=4, reached=2)
+    device.reached = 2
+    call(watch)
+    time.sleep(3 * TIMEOUT)
+    (message,) = said
+    assert "no rank gets on, all of them are alive" in message
 
 
 def test_a_device_that_gets_on_is_waited_for(watched):
